@@ -1,0 +1,33 @@
+-- Tables of BeMore voice, for Postgres as it stands (psql -f schema.sql) and, by three literal
+-- replacements in bemore_voice.py, for SQLite. Applied at every start; safe to apply again.
+
+-- May belong to another service and have more columns: only session_id is read and referenced.
+CREATE TABLE IF NOT EXISTS sessions (
+    session_id VARCHAR(255) PRIMARY KEY,
+    created_at TIMESTAMPTZ NOT NULL DEFAULT now()
+);
+
+-- One row a turn, written before the person is told that the reply is complete.
+CREATE TABLE IF NOT EXISTS conversations (
+    id BIGSERIAL PRIMARY KEY,
+    session_id VARCHAR(255) NOT NULL,
+    user_message TEXT NOT NULL,
+    ai_response TEXT NOT NULL,
+    emotion VARCHAR(20),
+    timestamp BIGINT NOT NULL, -- the client's clock, milliseconds since the epoch
+    created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    CONSTRAINT conversations_session_id_fkey
+        FOREIGN KEY (session_id) REFERENCES sessions (session_id) ON DELETE CASCADE
+);
+
+CREATE INDEX IF NOT EXISTS idx_conversations_session ON conversations (session_id, id);
+CREATE INDEX IF NOT EXISTS idx_conversations_timestamp ON conversations (timestamp);
+CREATE INDEX IF NOT EXISTS idx_conversations_created_at ON conversations (created_at);
+
+-- The rate limit: a bucket that refills at a constant rate is told whole by when it is full again.
+CREATE TABLE IF NOT EXISTS token_buckets (
+    session_id VARCHAR(255) PRIMARY KEY,
+    full_at BIGINT NOT NULL, -- microseconds since the epoch
+    CONSTRAINT token_buckets_session_id_fkey
+        FOREIGN KEY (session_id) REFERENCES sessions (session_id) ON DELETE CASCADE
+);
