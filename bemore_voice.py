@@ -509,7 +509,7 @@ class Storage(ABC):
         """Run one statement and return its rows."""
 
     async def ping(self) -> None:
-        await self._fetch("SELECT 1")
+        await self._fetch("SELECT session_id FROM sessions LIMIT 1")
 
     async def create_session(self, session_id: str) -> None:
         """Create a session where there is none yet; raise NotPermitted where only another service may."""
@@ -1601,7 +1601,7 @@ def create_app(
     app.cleanup_ctx.append(resources)
     app.on_shutdown.append(drain)
     app.on_response_prepare.append(allow_origin)
-    app.router.add_get("/ws/session/{session_id:.*}", session_socket)
+    app.router.add_get(r"/ws/session/{session_id:[\s\S]*}", session_socket)
     app.router.add_post("/api/sessions", create_session)
     app.router.add_route("OPTIONS", "/api/{path:.*}", preflight)
     app.router.add_get("/health", health)

@@ -1,0 +1,322 @@
+"""What the tests are built from: a running server, a client with a time limit, two stand-ins for the model."""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Self
+
+import aiohttp
+from aiohttp import web
+
+from bemore_voice import (
+    SESSIONS,
+    Counsellor,
+    ErrorCode,
+    Failure,
+    Postgres,
+    Prompt,
+    Session,
+    Settings,
+    SQLite,
+    Storage,
+    create_app,
+    read_settings,
+)
+
+PATIENCE = 20  # seconds that a test waits for anything before it fails
+ENDS = ("ai_stream_complete", "ai_stream_error")
+
+
+def make_settings(database_url: str = "sqlite:///:memory:", **values: object) -> Settings:
+    """Settings of a test: no pacing and a demo counsellor unless it says otherwise."""
+    base = {"DATABASE_URL": database_url, "PORT": "0", "DEMO_MODE": "1", "STREAM_CHUNK_INTERVAL_MS": "0"}
+    return read_settings({**base, **{name: str(value) for name, value in values.items()}})
+
+
+def open_storage(settings: Settings) -> Storage:
+    return SQLite(settings) if settings.sqlite else Postgres(settings)
+
+
+class FaultyStorage(Storage):
+    """A storage between which and the server a test puts a fault: a failure, or a wait before each statement."""
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner = inner
+        self.where = inner.where
+        self.fault: Failure | None = None
+        self.wait: Callable[[str], Awaitable[None]] | None = None
+        self.statements: list[str] = []
+
+    async def __aenter__(self) -> Self:
+        await self.inner.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.inner.__aexit__()
+
+    async def _fetch(self, sql: str, *values: object) -> Sequence[Any]:
+        self.statements.append(sql)
+        if self.wait is not None:
+            await self.wait(sql)
+        if self.fault is not None:
+            raise self.fault
+        return await self.inner._fetch(sql, *values)
+
+    def fail(self) -> None:
+        self.fault = Failure(ErrorCode.AI_UNAVAILABLE, "database: test")
+
+    def heal(self) -> None:
+        self.fault = None
+
+
+class Talk:
+    """One reply of the scripted counsellor, said word by word by the test."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.closed = asyncio.Event()
+        self.prompt: Prompt | None = None
+        self._words: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+
+    def say(self, *words: str) -> Self:
+        for word in words:
+            self._words.put_nowait(word)
+        return self
+
+    def end(self) -> Self:
+        self._words.put_nowait(None)
+        return self
+
+    def fail(self, error: Exception) -> Self:
+        self._words.put_nowait(error)
+        return self
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[str, None]:
+        self.prompt = prompt
+        self.asked.set()
+        try:
+            while (word := await self._words.get()) is not None:
+                if isinstance(word, Exception):
+                    raise word
+                yield word
+        finally:
+            self.closed.set()
+
+
+class ScriptedCounsellor:
+    """A counsellor whose replies the test holds in its hand; unscripted ones say the message back in two words."""
+
+    name = "scripted"
+
+    def __init__(self) -> None:
+        self.talks: deque[Talk] = deque()
+        self.prompts: list[Prompt] = []
+
+    def expect(self) -> Talk:
+        """Script the next reply that has no script yet."""
+        self.talks.append(Talk())
+        return self.talks[-1]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
+        self.prompts.append(prompt)
+        talk = self.talks.popleft() if self.talks else Talk().say("들은 말: ", prompt.message).end()
+        stream = talk.stream(prompt)
+        try:
+            async for word in stream:
+                yield word
+        finally:
+            await stream.aclose()
+
+
+class Client:
+    """A socket that fails a test rather than wait for ever."""
+
+    def __init__(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+        self.ws = ws
+
+    async def send(self, kind: str, data: object = None, **beside: object) -> None:
+        await self.ws.send_str(json.dumps({"type": kind, "data": data, **beside}))
+
+    async def ask(self, message: object = "안녕하세요", **fields: object) -> None:
+        await self.send("request_ai_response", {"message": message, **fields})
+
+    async def frame(self) -> dict[str, Any]:
+        message = await self.ws.receive(timeout=PATIENCE)
+        assert message.type is aiohttp.WSMsgType.TEXT, message
+        return json.loads(message.data)
+
+    async def reply(self) -> list[dict[str, Any]]:
+        """The frames up to the end of one reply."""
+        frames = [await self.frame()]
+        while frames[-1]["type"] not in ENDS:
+            frames.append(await self.frame())
+        return frames
+
+    async def silent(self) -> None:
+        """Check that nothing has been sent: the next frame is the answer to a ping."""
+        await self.send("ping")
+        assert (await self.frame())["type"] == "pong"
+
+    async def closed(self) -> int | None:
+        """Read to the end, and return the close code."""
+        while not self.ws.closed:
+            await self.ws.receive(timeout=PATIENCE)
+        return self.ws.close_code
+
+    async def cut(self) -> None:
+        """Break the connection without a close frame."""
+        connection = self.ws._response.connection
+        assert connection is not None
+        assert connection.transport is not None
+        connection.transport.abort()
+        await self.ws.close()
+
+
+def text_of(frames: list[dict[str, Any]]) -> str:
+    return "".join(frame["data"]["chunk"] for frame in frames if frame["type"] == "ai_stream_chunk")
+
+
+def kinds_of(frames: list[dict[str, Any]]) -> list[str]:
+    return [frame["type"].removeprefix("ai_stream_") for frame in frames]
+
+
+class Server:
+    """The application on a free port, with what a test wants to look at."""
+
+    def __init__(self, runner: web.AppRunner, storage: Storage, http: aiohttp.ClientSession) -> None:
+        self.runner = runner
+        self.storage = storage
+        self.http = http
+        host, port = runner.addresses[0][:2]
+        self.address = (host, port)
+        self.url = f"http://{host}:{port}"
+
+    @asynccontextmanager
+    async def connect(self, session_id: str = "가", **options: Any) -> AsyncIterator[Client]:
+        async with self.http.ws_connect(f"{self.url}/ws/session/{session_id}", **options) as ws:
+            yield Client(ws)
+
+    def session(self, session_id: str = "가") -> Session:
+        return self.runner.app[SESSIONS].get(session_id)
+
+    @property
+    def sessions(self) -> dict[str, Session]:
+        return self.runner.app[SESSIONS]._sessions
+
+    async def rows(self, session_id: str = "가") -> list[tuple[Any, ...]]:
+        """What is stored: message, reply, emotion and timestamp of each turn."""
+        return [
+            tuple(row)
+            for row in await self.storage._fetch(
+                "SELECT user_message, ai_response, emotion, timestamp FROM conversations"
+                " WHERE session_id = $1 ORDER BY id",
+                session_id,
+            )
+        ]
+
+
+@asynccontextmanager
+async def serve(
+    settings: Settings, counsellor: Counsellor, storage: Storage | None = None, **options: Any
+) -> AsyncIterator[Server]:
+    storage = storage or open_storage(settings)
+    runner = web.AppRunner(create_app(settings, storage, counsellor, **options), access_log=None, shutdown_timeout=1)
+    try:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        async with aiohttp.ClientSession() as http:
+            yield Server(runner, storage, http)
+    finally:
+        await runner.cleanup()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait for what no event tells of."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - the point of it
+            await asyncio.sleep(0.01)
+
+
+# Gemini over HTTP
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def event(text: str | None = None, finish: str | None = None, **beside: object) -> bytes:
+    """One event as Gemini writes it."""
+    candidate: dict[str, Any] = {"index": 0}
+    if text is not None:
+        candidate["content"] = {"role": "model", "parts": [{"text": text}]}
+    if finish is not None:
+        candidate["finishReason"] = finish
+    return b"data: " + json.dumps({"candidates": [candidate], **beside}, ensure_ascii=False).encode() + b"\r\n\r\n"
+
+
+def stream(*blocks: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+    """An answer that writes each block in a piece of its own."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **(headers or {})})
+        await response.prepare(request)
+        for block in blocks:
+            await response.write(block)
+            await asyncio.sleep(0)
+        return response
+
+    return answer
+
+
+def status(number: int, body: str = '{"error": {"code": 0}}', **headers: str) -> Answer:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(status=number, text=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+    return answer
+
+
+class GeminiStandIn:
+    """A local server that speaks Gemini's REST interface; each request gets the next scripted answer."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.answers: deque[Answer] = deque()
+        self.default: Answer = stream(event("네, "), event("듣고 있어요."), event("", "STOP"))
+        self.requests: list[dict[str, Any]] = []
+        self.peers: list[Any] = []
+        self.ended = 0
+        self._runner: web.AppRunner | None = None
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        self.peers.append(request.transport.get_extra_info("peername"))
+        self.requests.append(
+            {
+                "path": request.path,
+                "query": dict(request.query),
+                "headers": request.headers,
+                "body": await request.json(),
+            }
+        )
+        try:
+            return await (self.answers.popleft() if self.answers else self.default)(request)
+        finally:
+            self.ended += 1
+
+    async def __aenter__(self) -> Self:
+        app = web.Application()
+        app.router.add_post("/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = "http://{}:{}".format(*self._runner.addresses[0][:2])
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()

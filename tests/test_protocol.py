@@ -1,0 +1,229 @@
+"""The rules for frames, as functions."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bemore_voice import (
+    BASE_PROMPT,
+    BLOCKED_REPLY,
+    GUIDANCE,
+    SENTENCES,
+    Demo,
+    Emotion,
+    ErrorCode,
+    Failure,
+    Prompt,
+    Request,
+    Turn,
+    demo_reply,
+    encode_frame,
+    parse_frame,
+    parse_request,
+    storable,
+    system_prompt,
+)
+
+NOW = 1_800_000_000_000
+
+
+def parse(**data: object) -> Request:
+    return parse_request(data, NOW)
+
+
+def code_of(text: str) -> ErrorCode:
+    with pytest.raises(Failure) as caught:
+        parse_request(parse_frame(text)[1], NOW)
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "안녕",
+        "{",
+        "[]",
+        "null",
+        "3",
+        '"ping"',
+        "{}",
+        '{"type": 1}',
+        '{"type": null}',
+        '{"data": {}}',
+        '{"type": "ping"} x',
+        '{"type": "ping", "data": NaN}',
+        "[" * 60_000,
+        '{"a":' * 10_000,
+        "\ufeff{}",
+    ],
+)
+def test_what_is_no_frame_is_an_invalid_request(text: str) -> None:
+    assert code_of(text) is ErrorCode.INVALID_REQUEST
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "",
+        ', "data": null',
+        ', "data": []',
+        ', "data": {}',
+        ', "data": {"message": null}',
+        ', "data": {"message": 3}',
+        ', "data": {"message": ["가"]}',
+        ', "data": "가"',
+    ],
+)
+def test_a_request_without_a_message_is_an_invalid_request(data: str) -> None:
+    assert code_of(f'{{"type": "request_ai_response"{data}}}') is ErrorCode.INVALID_REQUEST
+
+
+# ECMA-262, 12.2 and 12.3: what trim() takes away, written out so as not to test a list against itself.
+JS_SPACE = "\t\n\v\f\r \xa0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff"
+JS_SPACE += "\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+
+
+@pytest.mark.parametrize("blank", ["", " ", JS_SPACE, *JS_SPACE])
+def test_blanks_only_are_an_empty_message(blank: str) -> None:
+    with pytest.raises(Failure) as caught:
+        parse(message=blank)
+    assert caught.value.code is ErrorCode.EMPTY_MESSAGE
+
+
+def test_a_message_is_trimmed_as_a_browser_trims() -> None:
+    assert parse(message=f"{JS_SPACE} 안녕 하세요 {JS_SPACE}").message == "안녕 하세요"
+    for kept in ("\x1c", "\x85", "\u200b", "\u180e"):  # which Python's strip(), or nobody's, takes away
+        assert parse(message=kept).message == kept
+
+
+@pytest.mark.parametrize("character", ["가", "a", "😥", "\U0010ffff", "\u0301"])
+def test_two_thousand_characters_are_taken_and_one_more_is_not(character: str) -> None:
+    assert len(parse(message=" " * 50 + character * 2000 + " " * 50).message) == 2000
+    with pytest.raises(Failure) as caught:
+        parse(message=character * 2001)
+    assert caught.value.code is ErrorCode.MESSAGE_TOO_LONG
+
+
+@pytest.mark.parametrize("emotion", list(Emotion))
+def test_each_of_the_eight_emotions_is_taken(emotion: str) -> None:
+    assert parse(message="가", emotion=str(emotion)).emotion is Emotion(emotion)
+
+
+@pytest.mark.parametrize("emotion", [None, "", "HAPPY", "joy", " sad", 1, True, [], {}, ["happy"], "sad'; --", "행복"])
+def test_any_other_emotion_counts_as_none(emotion: object) -> None:
+    assert parse(message="가", emotion=emotion).emotion is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("1704902400000", 1704902400000),
+        ("1704902400000.0", 1704902400000),
+        ("1e3", 1000),
+        ("9223372036854775807", 2**63 - 1),
+    ]
+    + [
+        (odd, NOW)
+        for odd in (
+            "-1",
+            "9223372036854775808",
+            "1.5",
+            "1e400",
+            "-0.5",
+            "true",
+            "null",
+            '"1"',
+            "[]",
+            "9" * 5000,
+            "1e19",
+        )
+    ],
+)
+def test_a_timestamp_is_stored_as_given_or_is_the_servers(text: str, expected: int) -> None:
+    kind, data = parse_frame(f'{{"type": "request_ai_response", "data": {{"message": "가", "timestamp": {text}}}}}')
+    assert kind == "request_ai_response"
+    assert parse_request(data, NOW).timestamp == expected
+
+
+def test_what_cannot_be_stored_is_replaced_and_the_rest_kept() -> None:
+    text = json.loads('"\\ud83d\\ude25 \\ud83d 가 \\udc00 \\u0000"')
+    assert parse(message=text).message == "😥 � 가 � �"
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=[])))
+def test_any_text_becomes_one_that_utf8_can_hold(text: str) -> None:
+    kept = storable(text)
+    assert len(kept) == len(text)
+    assert "\0" not in kept
+    assert json.loads(encode_frame("x", {"chunk": kept}).decode())["data"]["chunk"] == kept
+
+
+LEAVES = st.none() | st.booleans() | st.floats() | st.integers() | st.text()
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+
+
+@given(st.dictionaries(st.sampled_from(["message", "emotion", "timestamp"]) | st.text(max_size=8), JSON))
+def test_no_data_surfaces_as_another_error(data: dict[str, object]) -> None:
+    try:
+        request = parse_request({"message": "가", **data}, NOW)
+    except Failure:
+        return
+    assert request.message
+
+
+def test_sentences_do_not_read_as_an_expired_session_to_the_frontend() -> None:
+    assert set(SENTENCES) == set(ErrorCode)
+    for sentence in SENTENCES.values():
+        assert not any(word in sentence.lower() for word in ("foreign key", "conversations", "session_id"))
+
+
+# Prompts
+
+
+def test_every_emotion_has_a_guidance_of_its_own() -> None:
+    prompts = {emotion: system_prompt(emotion) for emotion in Emotion}
+    assert len(set(prompts.values())) == len(Emotion) == 8
+    assert system_prompt(None) == prompts[Emotion.NEUTRAL]
+    assert all(prompt.startswith(BASE_PROMPT) and prompt.endswith(GUIDANCE[e]) for e, prompt in prompts.items())
+
+
+def test_the_base_prompt_names_the_helplines_and_forbids_what_cannot_be_spoken() -> None:
+    for word in ("109", "119", "인지행동치료", "마크다운", "이모지", "진단"):
+        assert word in BASE_PROMPT
+    assert "\\" not in BASE_PROMPT
+    assert "  " not in BASE_PROMPT
+
+
+def test_the_reply_in_place_of_a_blocked_one_names_the_helpline() -> None:
+    assert "109" in "".join(BLOCKED_REPLY)
+
+
+# Demo
+
+
+@pytest.mark.parametrize("emotion", [None, *Emotion])
+def test_the_demo_reflects_emotion_and_words_and_says_that_it_is_canned(emotion: Emotion | None) -> None:
+    first = demo_reply(Prompt("오늘 면접을 봤어요. 그리고 집에 왔어요", emotion, []))
+    assert "체험용" in first
+    assert "‘오늘 면접을 봤어요’" in first
+    later = [demo_reply(Prompt("네", emotion, [Turn(number, "", "")])) for number in range(3)]
+    assert len(set(later)) == 3
+    assert not any("체험용" in reply for reply in later)
+
+
+@pytest.mark.parametrize("message", ["?", "...", "가" * 30, "가나다 " * 20, "“”", "\n", "👨‍👩‍👧‍👦" * 10])
+def test_the_demo_answers_anything(message: str) -> None:
+    reply = demo_reply(Prompt(message, None, []))
+    assert "‘’" not in reply
+    assert "  " not in reply
+
+
+async def test_the_demo_streams_word_by_word() -> None:
+    prompt = Prompt("네", None, [Turn(1, "", "")])
+    words = [word async for word in Demo().reply(prompt)]
+    assert len(words) > 5
+    assert "".join(words) == demo_reply(prompt)

@@ -1,0 +1,254 @@
+"""Storage, on both engines by the same tests."""
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from support import make_settings, open_storage
+
+from bemore_voice import ConfigError, Emotion, ErrorCode, Failure, NotPermitted, Request, Storage, Turn
+
+NOW = 1_800_000_000_000_000
+SECOND = 1_000_000
+
+
+@pytest.fixture
+async def storage(database_url: str) -> AsyncIterator[Storage]:
+    async with open_storage(make_settings(database_url)) as opened:
+        await opened.create_session("s")
+        yield opened
+
+
+def request(message: str = "안녕", emotion: Emotion | None = None, timestamp: int = 1704902400000) -> Request:
+    return Request(message, emotion, timestamp)
+
+
+async def refusal(awaitable: object) -> Failure:
+    with pytest.raises(Failure) as caught:
+        await awaitable  # type: ignore[misc]
+    return caught.value
+
+
+async def test_a_turn_is_stored_as_it_was_said(storage: Storage) -> None:
+    await storage.add_turn("s", request("불안해요 😥", Emotion.ANXIOUS), "그러셨군요.", 0)
+    await storage.add_turn("s", request("두 번째", None, 2**63 - 1), "네.", 1)
+    rows = await storage._fetch("SELECT * FROM conversations ORDER BY id")
+    assert [tuple(row)[1:6] for row in rows] == [
+        ("s", "불안해요 😥", "그러셨군요.", "anxious", 1704902400000),
+        ("s", "두 번째", "네.", None, 2**63 - 1),
+    ]
+    assert all(row[6] is not None for row in rows)
+
+
+async def test_history_is_the_last_ten_turns_oldest_first(storage: Storage) -> None:
+    await storage.create_session("other")
+    await storage.add_turn("other", request("남의 말"), "남의 답", 0)
+    for number in range(12):
+        # By id and not by the client's clock, which here runs backwards.
+        await storage.add_turn("s", request(f"말 {number}", timestamp=100 - number), f"답 {number}", 0)
+    history = await storage.history("s")
+    assert [(turn.user_message, turn.ai_response) for turn in history] == [(f"말 {n}", f"답 {n}") for n in range(2, 12)]
+    assert await storage.history("unknown") == []
+    assert isinstance(history[0], Turn)
+
+
+async def test_a_turn_that_is_stored_again_is_stored_once(storage: Storage) -> None:
+    await storage.add_turn("s", request("같은 말"), "같은 답", 0)
+    last = (await storage.history("s"))[-1].id
+    for _ in range(2):
+        await storage.add_turn("s", request("같은 말"), "같은 답", last)
+    assert len(await storage.history("s")) == 2
+
+
+async def test_a_full_bucket_allows_a_burst_then_one_every_six_seconds(storage: Storage) -> None:
+    for _ in range(10):
+        await storage.take_token("s", NOW, 10)
+    refused = await refusal(storage.take_token("s", NOW, 10))
+    assert (refused.code, refused.retry_after_ms) == (ErrorCode.RATE_LIMITED, 6000)
+    refused = await refusal(storage.take_token("s", NOW + 6 * SECOND - 1, 10))
+    assert refused.retry_after_ms == 1
+    await storage.take_token("s", NOW + 6 * SECOND, 10)
+    assert (await refusal(storage.take_token("s", NOW + 6 * SECOND, 10))).code is ErrorCode.RATE_LIMITED
+    for _ in range(10):  # a minute later the bucket is full, and no fuller
+        await storage.take_token("s", NOW + 600 * SECOND, 10)
+    assert (await refusal(storage.take_token("s", NOW + 600 * SECOND, 10))).code is ErrorCode.RATE_LIMITED
+
+
+async def test_one_session_does_not_use_up_anothers_tokens(storage: Storage) -> None:
+    await storage.create_session("other")
+    await storage.take_token("s", NOW, 1)
+    await refusal(storage.take_token("s", NOW, 1))
+    await storage.take_token("other", NOW, 1)
+
+
+@pytest.mark.parametrize("per_minute", [1, 7, 10, 6000])
+async def test_every_rate_holds_to_the_token(storage: Storage, per_minute: int) -> None:
+    taken = await asyncio.gather(
+        *(storage.take_token("s", NOW, per_minute) for _ in range(min(per_minute + 5, 60))), return_exceptions=True
+    )
+    assert taken.count(None) == min(per_minute, 60)
+
+
+async def test_a_bucket_outlives_the_process(database_url: str) -> None:
+    settings = make_settings(database_url)
+    async with open_storage(settings) as storage:
+        await storage.create_session("s")
+        await storage.take_token("s", NOW, 1)
+    async with open_storage(settings) as storage:
+        await refusal(storage.take_token("s", NOW, 1))
+
+
+async def test_an_unknown_session_is_expired_wherever_it_is_named(storage: Storage) -> None:
+    for operation in (storage.take_token("unknown", NOW, 10), storage.add_turn("unknown", request(), "답", 0)):
+        assert (await refusal(operation)).code is ErrorCode.SESSION_EXPIRED
+
+
+async def test_deleting_a_session_deletes_all_that_it_said(storage: Storage) -> None:
+    await storage.take_token("s", NOW, 10)
+    await storage.add_turn("s", request(), "답", 0)
+    await storage._fetch("DELETE FROM sessions")
+    for table in ("conversations", "token_buckets"):
+        assert not list(await storage._fetch(f"SELECT * FROM {table}"))
+
+
+async def test_schema_is_applied_again_without_loss(database_url: str) -> None:
+    for _ in range(3):
+        async with open_storage(make_settings(database_url)) as storage:
+            await storage.create_session("s")
+            await storage.add_turn("s", request(), "답", 0)
+            assert len(await storage.history("s")) == 1
+    async with open_storage(make_settings(database_url)) as storage:
+        assert len(await storage._fetch("SELECT * FROM sessions")) == 1
+
+
+async def test_every_text_that_passes_the_protocol_can_be_stored(storage: Storage) -> None:
+    texts = [
+        "한글 조합: 한",
+        "👨‍👩‍👧‍👦🏳️‍🌈",
+        "\u202eعربي\u202c",
+        "\ufffd",
+        "'; DROP TABLE sessions; --",
+        "$1 %s :x ?",
+        "\x01\x7f",
+    ]
+    for text in texts:
+        await storage.add_turn("s", request(text), text, 0)
+    assert [turn.ai_response for turn in await storage.history("s")] == texts
+
+
+# One engine alone
+
+
+async def test_sqlite_is_opened_with_foreign_keys_wal_and_a_busy_timeout(tmp_path: Path) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", DATABASE_TIMEOUT_SECONDS=3)
+    async with open_storage(settings) as storage:
+        pragmas = [(await storage._fetch(f"PRAGMA {name}"))[0][0] for name in ("foreign_keys", "journal_mode")]
+        assert pragmas == [1, "wal"]
+        assert (await storage._fetch("PRAGMA busy_timeout"))[0][0] == 3000
+    assert (tmp_path / "a.db").exists()
+
+
+async def test_sqlite_gives_ids_once(tmp_path: Path) -> None:
+    async with open_storage(make_settings(f"sqlite:///{tmp_path}/a.db")) as storage:
+        await storage.create_session("s")
+        await storage.add_turn("s", request(), "답", 0)
+        await storage._fetch("DELETE FROM conversations")
+        await storage.add_turn("s", request(), "답", 0)
+        assert (await storage.history("s"))[0].id == 2
+
+
+async def test_sqlite_in_a_folder_that_is_not_there_fails_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^DATABASE_URL: .*unable to open"):
+        async with open_storage(make_settings(f"sqlite:///{tmp_path}/no/a.db")):
+            pass
+
+
+async def test_a_file_that_is_no_database_fails_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.db").write_text("not a database, but long enough to look like one" * 20)
+    with pytest.raises(ConfigError, match=r"^DATABASE_URL: "):
+        async with open_storage(make_settings(f"sqlite:///{tmp_path}/a.db")):
+            pass
+
+
+async def test_locked_sqlite_fails_and_recovers(tmp_path: Path) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", DATABASE_TIMEOUT_SECONDS=0.2)
+    async with open_storage(settings) as storage:
+        await storage.create_session("s")
+        other = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        assert (await refusal(storage.take_token("s", NOW, 10))).code is ErrorCode.AI_UNAVAILABLE
+        other.execute("ROLLBACK")
+        other.close()
+        await storage.take_token("s", NOW, 10)
+
+
+async def test_psql_takes_schema_as_it_is(postgres_url: str) -> None:
+    connection = await asyncpg.connect(postgres_url)
+    schema = (Path(__file__).parent.parent / "schema.sql").read_text(encoding="utf-8")
+    for _ in range(2):
+        await connection.execute(schema)
+    names = await connection.fetch(
+        "SELECT indexname AS name FROM pg_indexes WHERE tablename = 'conversations'"
+        " UNION SELECT conname FROM pg_constraint WHERE conrelid = 'conversations'::regclass"
+    )
+    await connection.close()
+    expected = {"conversations_session_id_fkey", "idx_conversations_session"}
+    expected |= {"idx_conversations_timestamp", "idx_conversations_created_at"}
+    assert expected <= {row["name"] for row in names}
+
+
+async def test_replicas_that_start_together_on_an_empty_postgres_all_start(postgres_url: str) -> None:
+    async def start() -> None:
+        async with open_storage(make_settings(postgres_url)) as storage:
+            await storage.ping()
+
+    await asyncio.gather(*(start() for _ in range(6)))
+
+
+async def test_replicas_share_one_bucket(postgres_url: str) -> None:
+    settings = make_settings(postgres_url)
+    async with open_storage(settings) as one, open_storage(settings) as other:
+        await one.create_session("s")
+        taken = await asyncio.gather(
+            *(storage.take_token("s", NOW, 10) for storage in (one, other) for _ in range(10)), return_exceptions=True
+        )
+    assert taken.count(None) == 10
+
+
+async def test_sessions_that_another_service_owns_are_only_read(postgres_url: str) -> None:
+    """Its table has a column that must be filled, and our role may neither add rows nor create tables."""
+    owner = await asyncpg.connect(postgres_url)
+    schema = (Path(__file__).parent.parent / "schema.sql").read_text(encoding="utf-8")
+    await owner.execute("CREATE TABLE sessions (session_id VARCHAR(255) PRIMARY KEY, user_name TEXT NOT NULL)")
+    await owner.execute(schema)
+    await owner.execute(
+        "INSERT INTO sessions VALUES ('theirs', 'kim'); DROP ROLE IF EXISTS voice; CREATE ROLE voice LOGIN;"
+        "GRANT SELECT, REFERENCES ON sessions TO voice; GRANT SELECT, INSERT ON conversations TO voice;"
+        "GRANT SELECT, INSERT, UPDATE ON token_buckets TO voice;"
+        "GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO voice;"
+        "GRANT USAGE ON SCHEMA public TO voice"
+    )
+    try:
+        async with open_storage(make_settings(postgres_url.replace("postgres:@", "voice:@"))) as storage:
+            await storage.take_token("theirs", NOW, 10)
+            await storage.add_turn("theirs", request(), "답", 0)
+            with pytest.raises(NotPermitted):
+                await storage.create_session("ours")
+        async with open_storage(make_settings(postgres_url)) as storage:
+            with pytest.raises(NotPermitted):
+                await storage.create_session("ours")
+    finally:
+        await owner.execute("DROP OWNED BY voice; DROP ROLE voice")
+        await owner.close()
+
+
+async def test_postgres_that_is_not_there_fails_by_name_without_the_password() -> None:
+    url = "postgresql://someone:hush-hush@127.0.0.1:9/db"
+    with pytest.raises(ConfigError, match=r"^DATABASE_URL: cannot use Postgres 127.0.0.1:9/db ") as caught:
+        async with open_storage(make_settings(url)):
+            pass
+    assert "hush" not in json.dumps([str(caught.value), repr(caught.value.__context__)])
