@@ -224,8 +224,12 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         chunk_timeout_seconds=read.number("CHUNK_TIMEOUT_SECONDS", 10, 0.01, 600),
         reply_timeout_seconds=read.number("REPLY_TIMEOUT_SECONDS", 60, 0.01, 600),
         database_timeout_seconds=read.number("DATABASE_TIMEOUT_SECONDS", 5, 0.01, 600),
-        log_level=read.matching("LOG_LEVEL", "INFO", "(?i:debug|info|warning|error)", "debug, info, warning or error"),
+        log_level=read.matching("LOG_LEVEL", "info", "(?i:debug|info|warning|error)", "debug, info, warning or error"),
     )
+    try:
+        urlsplit(database_url)
+    except ValueError:
+        raise ConfigError("DATABASE_URL: takes a URL, which this is not") from None
     if settings.gemini_thinking_level not in ("", "minimal", "low", "medium", "high"):
         raise ConfigError("GEMINI_THINKING_LEVEL: takes minimal, low, medium, high or nothing at all")
     if settings.require_session_token and len(settings.jwt_secret_key.encode()) < 32:
@@ -1641,11 +1645,18 @@ async def serve(settings: Settings) -> None:
         await runner.cleanup()
 
 
+def read_dotenv() -> dict[str, str]:
+    """Return what .env in the folder of the start says; it need not be there."""
+    try:
+        return {name: value for name, value in dotenv_values(".env").items() if value is not None}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f".env: takes UTF-8 text that this user may read ({type(error).__name__})") from None
+
+
 def main() -> int:
     """Read the settings and serve; return the exit status."""
     try:
-        dotenv = {name: value for name, value in dotenv_values(".env").items() if value is not None}
-        settings = read_settings({**dotenv, **os.environ})
+        settings = read_settings({**read_dotenv(), **os.environ})
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
         logger.setLevel(settings.log_level.upper())  # libraries say more than they should below a warning
         asyncio.run(serve(settings))

@@ -1,0 +1,157 @@
+"""The program as it is started: one start line, one-line errors, a clean end."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import sqlite3
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from support import PATIENCE, Client, GeminiStandIn, kinds_of, text_of
+
+MODULE = Path(__file__).parent.parent / "bemore_voice.py"
+
+
+class Program:
+    """The module in a process of its own, in a folder of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.log = ""
+        self.port = 0
+
+    async def wait_for(self, pattern: str) -> re.Match[str]:
+        assert self.process.stderr is not None
+        while not (match := re.search(pattern, self.log)):
+            line = await asyncio.wait_for(self.process.stderr.readline(), PATIENCE)
+            assert line, self.log
+            self.log += line.decode()
+        return match
+
+    async def end(self) -> int:
+        """Read the rest of the log, and return the exit status."""
+        assert self.process.stderr is not None
+        self.log += (await asyncio.wait_for(self.process.stderr.read(), PATIENCE)).decode()
+        return await asyncio.wait_for(self.process.wait(), PATIENCE)
+
+    @asynccontextmanager
+    async def connect(self, session_id: str = "s") -> AsyncIterator[Client]:
+        url = f"ws://127.0.0.1:{self.port}/ws/session/{session_id}"
+        async with aiohttp.ClientSession() as http, http.ws_connect(url) as ws:
+            yield Client(ws)
+
+
+@asynccontextmanager
+async def start(folder: Path, **values: object) -> AsyncIterator[Program]:
+    environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    environment |= {name: str(value) for name, value in values.items()}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(MODULE), cwd=folder, env=environment, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        yield Program(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@asynccontextmanager
+async def started(folder: Path, **values: object) -> AsyncIterator[Program]:
+    async with start(folder, **{"PORT": 0, **values}) as program:
+        match = await program.wait_for(r"BeMore voice \S+ on http://127\.0\.0\.1:(\d+), .*")
+        program.port = int(match[1])
+        yield program
+
+
+async def test_a_hobbyist_starts_it_without_any_setting_and_talks(tmp_path: Path) -> None:
+    async with started(tmp_path) as program:
+        assert "SQLite bemore.db, demo mode, replies are canned" in program.log
+        async with program.connect("test-session-123") as client:
+            await client.ask("요즘 너무 불안해요", emotion="anxious", timestamp=1704902400000)
+            frames = await client.reply()
+        program.process.send_signal(signal.SIGTERM)
+        assert await program.end() == 0
+    assert kinds_of(frames)[0] == "begin"
+    assert kinds_of(frames).count("chunk") > 5
+    assert kinds_of(frames)[-1] == "complete"
+    with sqlite3.connect(tmp_path / "bemore.db") as database:
+        rows = database.execute("SELECT session_id, user_message, ai_response, emotion, timestamp FROM conversations")
+        assert rows.fetchall() == [
+            ("test-session-123", "요즘 너무 불안해요", text_of(frames), "anxious", 1704902400000)
+        ]
+    database.close()
+    lines = program.log.splitlines()
+    assert len(lines) == 2
+    assert re.search(
+        rf"session=\w{{12}} outcome=complete chunks=\d+ characters={len(text_of(frames))} first_ms=\d+ total_ms=\d+$",
+        lines[1],
+    )
+    assert not any(word in program.log for word in ("불안", "test-session", text_of(frames)[:5]))
+
+
+async def test_it_starts_with_gemini_and_postgres_and_logs_neither_key_nor_password(
+    tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
+) -> None:
+    url = postgres_url.replace("postgres:@", "postgres:hush-hush@")
+    values = {"DATABASE_URL": url, "GEMINI_API_KEY": "hush-key", "GEMINI_BASE_URL": gemini.url, "LOG_LEVEL": "debug"}
+    async with started(tmp_path, **values, AUTO_CREATE_SESSIONS=1, JWT_SECRET_KEY="hush" * 8) as program:
+        assert "Postgres (local socket)/postgres, model gemini-3.5-flash-lite" in program.log
+        async with program.connect() as client:
+            await client.ask("비밀 이야기")
+            assert text_of(await client.reply()) == "네, 듣고 있어요."
+            await client.ask("")
+            await client.reply()
+        program.process.send_signal(signal.SIGINT)
+        assert await program.end() == 0
+    assert "outcome=empty_message" in program.log
+    assert not any(word in program.log for word in ("hush", "비밀", "듣고"))
+
+
+async def test_dotenv_is_read_from_the_folder_of_the_start_and_the_environment_wins(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(
+        "DATABASE_URL=sqlite:///mine.db\nLOG_LEVEL=error\n# 주석\nPORT=1\n", encoding="utf-8"
+    )
+    async with started(tmp_path, LOG_LEVEL="info") as program:
+        assert "SQLite mine.db" in program.log
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"PORT": "http"}, "PORT: takes a number from 0 to 65535, got 'http'"),
+        ({"DATABASE_URL": "postgresql://u:hush@127.0.0.1:9/d", "DEMO_MODE": "1"}, "DATABASE_URL: cannot use Postgres"),
+        ({"DATABASE_URL": "postgresql://u:hush@[oops/d", "DEMO_MODE": "1"}, "DATABASE_URL: "),
+        ({"DATABASE_URL": "postgresql://u:hush@h:port/d", "DEMO_MODE": "1"}, "DATABASE_URL: "),
+        ({"DATABASE_URL": "sqlite:///no/such/folder/a.db"}, "DATABASE_URL: cannot use SQLite no/such/folder/a.db"),
+        ({"DATABASE_URL": "postgresql://u:hush@h/d"}, "GEMINI_API_KEY: needed with Postgres"),
+        ({"HOST": "no-such-host.invalid"}, "HOST, PORT: cannot listen on no-such-host.invalid:0"),
+    ],
+)  # fmt: skip
+async def test_a_start_that_fails_says_why_in_one_line(tmp_path: Path, values: dict[str, str], names: str) -> None:
+    async with start(tmp_path, **{"PORT": 0, **values}) as program:
+        assert await program.end() == 2
+    assert len(program.log.splitlines()) == 1, program.log
+    assert program.log.startswith(f"bemore_voice: {names}")
+    assert "hush" not in program.log
+
+
+async def test_a_port_in_use_is_said_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        async with start(tmp_path, PORT=taken.getsockname()[1]) as program:
+            assert await program.end() == 2
+    assert re.fullmatch(r"bemore_voice: HOST, PORT: cannot listen on 127.0.0.1:\d+ \(.*\)\n", program.log)
+
+
+async def test_a_dotenv_that_is_no_text_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"HOST=\xff\xfe\n")
+    async with start(tmp_path) as program:
+        assert await program.end() == 2
+    assert program.log.startswith("bemore_voice: .env: ")
+    assert len(program.log.splitlines()) == 1
