@@ -607,7 +607,6 @@ class Postgres(Storage):
                 min_size=5,
                 max_size=20,
                 timeout=self._timeout,
-                command_timeout=self._timeout,
                 # A pooler in transaction mode may run the next statement on another server connection, which
                 # does not know what was prepared on this one.
                 statement_cache_size=0,
@@ -644,8 +643,12 @@ class Postgres(Storage):
 
         assert self._pool is not None
         try:
-            async with self._pool.acquire(timeout=self._timeout) as connection:
-                return await connection.fetch(sql, *values)
+            async with asyncio.timeout(self._timeout), self._pool.acquire() as connection:
+                try:
+                    return await connection.fetch(sql, *values)
+                except asyncio.CancelledError:
+                    connection.terminate()  # its release would wait for the server to confirm the cancellation
+                    raise
         except asyncpg.ForeignKeyViolationError:
             raise Failure(ErrorCode.SESSION_EXPIRED) from None
         except (asyncpg.InsufficientPrivilegeError, asyncpg.NotNullViolationError) as error:
@@ -1047,6 +1050,7 @@ class Reply:
         self.expires = now  # RESUME_SECONDS after its end, or after the last loss of a socket that listened
         self.unproven: set[Socket] = set()  # were sent frames, and have not shown yet that they have them
         self.missed = 0  # sockets that left without the end, and have not come back
+        self.doubted: set[Socket] = set()  # not heard from since another came: perhaps the same page, come back
 
     def feed(self, text: str) -> None:
         self.held.append(text)
@@ -1098,7 +1102,12 @@ class Session:
         self.sockets.add(socket)
         self._forget_replies()
         for reply in self._replies:
-            reply.missed = max(0, reply.missed - 1)
+            if reply.missed:
+                reply.missed -= 1
+            else:
+                reply.doubted |= reply.unproven
+            for doubted in reply.doubted:
+                await doubted.send(b"", WSMsgType.PING)
             reply.unproven.add(socket)
             for frame in reply.frames:
                 await socket.send(frame)
@@ -1110,10 +1119,15 @@ class Session:
         for reply in self._replies:
             if socket in reply.unproven:
                 reply.unproven.discard(socket)
-                if reply.end_seq is None or not said_goodbye:
+                if socket not in reply.doubted and (reply.end_seq is None or not said_goodbye):
                     reply.missed += 1
                     reply.expires = self._loop_time() + RESUME_SECONDS
         self._rest()
+
+    def hear(self, socket: Socket) -> None:
+        """Note that a socket is alive: something has come from it."""
+        for reply in self._replies:
+            reply.doubted.discard(socket)
 
     def prove(self, socket: Socket, payload: bytes) -> None:
         """Note that a socket has all up to a reply's end: it answered the ping that followed it."""
@@ -1392,6 +1406,8 @@ SETTINGS = web.AppKey("settings", Settings)
 STORAGE = web.AppKey("storage", Storage)
 SESSIONS = web.AppKey("sessions", Sessions)
 
+SPOKEN = (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG)  # by a peer that is there
+
 HTTP_ERRORS = {
     "invalid_session_id": (400, "세션 ID가 올바르지 않습니다"),
     "invalid_token": (401, "인증 정보가 올바르지 않습니다"),
@@ -1541,8 +1557,8 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
 
 async def read_socket(socket: Socket, session: Session) -> bool:
     """Hand over what a socket sends until it closes; tell whether its peer closed it as one should."""
-    while True:
-        message = await socket.ws.receive()
+    while (message := await socket.ws.receive()).type in SPOKEN:
+        session.hear(socket)
         taken = True
         match message.type:
             case WSMsgType.TEXT:
@@ -1553,13 +1569,10 @@ async def read_socket(socket: Socket, session: Session) -> bool:
                 await socket.send(message.data, WSMsgType.PONG)
             case WSMsgType.PONG:
                 session.prove(socket, message.data)
-            case WSMsgType.CLOSE:
-                return True
-            case _:  # broken, or closed by this side
-                return False
         if not taken:
             await socket.ws.close(code=WSCloseCode.POLICY_VIOLATION, message=b"too many requests wait", drain=False)
             return False
+    return message.type is WSMsgType.CLOSE
 
 
 async def receive_frame(text: str, socket: Socket, session: Session) -> bool:

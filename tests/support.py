@@ -241,7 +241,65 @@ async def until(condition: Callable[[], Any]) -> None:
     """Wait for what no event tells of."""
     async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110 - the point of it
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.001)
+
+
+class Wire:
+    """A connection that a test can freeze, cut and heal: a TCP proxy to one address."""
+
+    def __init__(self, open_target: Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]) -> None:
+        self._open_target = open_target
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self.down = False
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.cut()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.down:
+            writer.transport.abort()
+            return
+        try:
+            target_reader, target_writer = await self._open_target()
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, target_writer}
+        try:
+            await asyncio.gather(self._pump(reader, target_writer), self._pump(target_reader, writer))
+        finally:
+            self._writers -= {writer, target_writer}
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                await self._flowing.wait()
+                writer.write(data)
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    def freeze(self) -> None:
+        """Let nothing through, in either direction, and tell nobody: a phone that has left the network."""
+        self._flowing.clear()
+
+    def cut(self) -> None:
+        """Reset all connections."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._flowing.set()
 
 
 # Gemini over HTTP
