@@ -1,6 +1,12 @@
 """Fixtures: both database engines, the stand-ins, a running server."""
 
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -47,12 +53,52 @@ async def postgres_url(postgres_server: PostgresServer) -> str:
     return url
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+PGBOUNCER = """
+[databases]
+postgres = host={socket} user=postgres
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 3
+"""
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres_server: PostgresServer) -> Iterator[str]:
+    """The URL of a PgBouncer in transaction mode, with fewer server connections than the pool has of its own."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        assert not os.environ.get("CI"), "pgbouncer is missing"
+        pytest.skip("pgbouncer is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="pgb") as folder:
+        Path(folder).chmod(0o755)
+        ini = Path(folder) / "pgbouncer.ini"
+        ini.write_text(PGBOUNCER.format(socket=postgres_server.get_uri().partition("host=")[2], port=port))
+        user = ["-u", postgres_server.system_user] if postgres_server.system_user else []
+        with subprocess.Popen([program, "-q", *user, ini]) as process:
+            try:
+                while True:  # until it listens
+                    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                        break
+                    assert process.poll() is None, "pgbouncer did not start"
+                    time.sleep(0.02)
+                yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+            finally:
+                process.terminate()
+
+
+@pytest.fixture(params=["sqlite", "postgres", "pgbouncer"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database, on each engine."""
+    """An empty database, on each engine, and on Postgres through a pooler."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/test.db"
-    return request.getfixturevalue("postgres_url")
+    url: str = request.getfixturevalue("postgres_url")
+    return url if request.param == "postgres" else str(request.getfixturevalue("pgbouncer"))
 
 
 @pytest.fixture

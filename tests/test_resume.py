@@ -16,6 +16,7 @@ from support import (
     Wire,
     kinds_of,
     make_settings,
+    open_storage,
     serve,
     text_of,
     until,
@@ -398,3 +399,39 @@ async def test_a_flood_of_pings_is_answered_or_cut_off_and_holds_up_nobody(serve
         assert kinds_of(await client.reply())[-1] == "complete"
         for _ in range(2000):
             assert (await flood.frame())["type"] == "pong"
+
+
+# The end of the process
+
+
+async def test_a_reply_that_does_not_end_in_time_ends_as_by_a_cancel(
+    counsellor: ScriptedCounsellor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bemore_voice, "DRAIN_SECONDS", 0.3)
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    async with serve(settings, counsellor) as server, server.connect() as client:
+        talk = counsellor.expect()
+        await client.ask("하나")
+        talk.say("가")
+        await client.frame()
+        await client.frame()
+        ending = asyncio.create_task(server.runner.cleanup())
+        await client.ask("너무 늦은 말")
+        frames = await client.reply()
+        assert (kinds_of(frames), frames[-1]["interrupted"]) == (["complete"], True)
+        assert (await client.frame())["code"] == "ai_unavailable"
+        assert await client.closed() == aiohttp.WSCloseCode.GOING_AWAY
+        await ending
+        assert talk.closed.is_set()
+    async with open_storage(settings) as storage:
+        assert [(turn.user_message, turn.ai_response) for turn in await storage.history("가")] == [("하나", "가")]
+
+
+async def test_a_client_that_does_not_say_goodbye_does_not_hold_the_end_up(
+    counsellor: ScriptedCounsellor, tmp_path: Path
+) -> None:
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), counsellor) as server:
+        _, writer = await read_nothing(server, "s")
+        async with asyncio.timeout(5):
+            await server.runner.cleanup()
+        writer.transport.abort()

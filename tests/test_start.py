@@ -114,6 +114,30 @@ async def test_it_starts_with_gemini_and_postgres_and_logs_neither_key_nor_passw
     assert not any(word in program.log for word in ("hush", "비밀", "듣고"))
 
 
+async def test_on_sigterm_the_reply_in_progress_ends_and_is_stored(tmp_path: Path) -> None:
+    async with started(tmp_path) as program:
+        async with program.connect() as client, program.connect("idle") as idle:
+            await client.ask("하나")
+            frames = [await client.frame(), await client.frame()]
+            await client.ask("둘")
+            await client.silent()
+            program.process.send_signal(signal.SIGTERM)
+            frames += await client.reply()
+            assert kinds_of(frames)[-1] == "complete"
+            assert "interrupted" not in frames[-1]
+            refused = await client.frame()
+            assert (refused["type"], refused["code"]) == ("ai_stream_error", "ai_unavailable")
+            assert await client.closed() == aiohttp.WSCloseCode.GOING_AWAY
+            assert await idle.closed() == aiohttp.WSCloseCode.GOING_AWAY
+        assert await program.end() == 0
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", program.port)
+    with sqlite3.connect(tmp_path / "bemore.db") as database:
+        rows = database.execute("SELECT user_message, ai_response FROM conversations").fetchall()
+    database.close()
+    assert rows == [("하나", text_of(frames))]
+
+
 async def test_dotenv_is_read_from_the_folder_of_the_start_and_the_environment_wins(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
         "DATABASE_URL=sqlite:///mine.db\nLOG_LEVEL=error\n# 주석\nPORT=1\n", encoding="utf-8"
