@@ -552,6 +552,9 @@ class SQLite(Storage):
         for postgres, sqlite in SQLITE_SPELLINGS.items():
             schema = schema.replace(postgres, sqlite)
         try:
+            sqlite3.connect(
+                self._path
+            ).close()  # first: where it cannot be opened, aiosqlite's thread outlives the loop
             self._connection = await aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
             await self._connection.executescript(
                 "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON;\n" + schema,
@@ -1086,6 +1089,7 @@ class Session:
         self.id = session_id
         self.sockets: set[Socket] = set()
         self.worker: asyncio.Task[None] | None = None
+        self.to_be_created = False  # on connect, but the database was away
         self._owner = owner
         self._current: Reply | Refusal | None = None
         self._waiting: deque[Reply | Refusal] = deque()
@@ -1097,8 +1101,9 @@ class Session:
 
     async def join(self, socket: Socket) -> None:
         """Add a socket, and send it what it may have missed."""
-        # From the clock, so that no number comes again after a restart, nor after a time on another replica.
-        self._seq = max(self._seq, self._owner.now_us())
+        if not self.sockets and self.worker is None:
+            # From the clock, so that no number comes again after a restart, nor after a time on another replica.
+            self._seq = max(self._seq, self._owner.now_us())
         self.sockets.add(socket)
         self._forget_replies()
         for reply in self._replies:
@@ -1258,6 +1263,9 @@ class Session:
     async def _produce(self, reply: Reply) -> None:
         """Admit the request, ask the counsellor, and feed the reply as it is written."""
         owner, request = self._owner, reply.request
+        if self.to_be_created:
+            await owner.storage.create_session(self.id)
+            self.to_be_created = False
         await owner.storage.take_token(self.id, owner.now_us(), owner.settings.max_ai_requests_per_minute)
         history = await owner.storage.history(self.id)
         reply.last_turn = history[-1].id if history else 0
@@ -1534,8 +1542,12 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
         check_token(request, session_id, required=settings.require_session_token)
     if not web.WebSocketResponse().can_prepare(request):
         raise HttpRefusal("upgrade_required")
-    if settings.auto_create_sessions:
-        await request.app[STORAGE].create_session(session_id)
+    to_be_created = settings.auto_create_sessions
+    if to_be_created:
+        # A database that is away keeps nobody from connecting: a lost reply may wait here for this socket.
+        with contextlib.suppress(Failure):
+            await request.app[STORAGE].create_session(session_id)
+            to_be_created = False
     # From here to join() nothing waits for anything, so that the count still holds.
     if sessions.draining:
         raise HttpRefusal("unavailable")
@@ -1546,6 +1558,7 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
     socket = Socket(request.transport)
     await socket.ws.prepare(request)
     session = sessions.get(session_id)
+    session.to_be_created |= to_be_created
     said_goodbye = False
     try:
         await session.join(socket)

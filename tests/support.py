@@ -46,6 +46,7 @@ class FaultyStorage(Storage):
         self.inner = inner
         self.where = inner.where
         self.fault: Failure | None = None
+        self.broken: set[object] = set()  # sessions for which the database does not answer
         self.wait: Callable[[str], Awaitable[None]] | None = None
         self.statements: list[str] = []
 
@@ -60,8 +61,8 @@ class FaultyStorage(Storage):
         self.statements.append(sql)
         if self.wait is not None:
             await self.wait(sql)
-        if self.fault is not None:
-            raise self.fault
+        if self.fault is not None or self.broken.intersection(values[:1]):
+            raise self.fault or Failure(ErrorCode.AI_UNAVAILABLE, "database: test")
         return await self.inner._fetch(sql, *values)
 
     def fail(self) -> None:

@@ -118,12 +118,14 @@ async def test_without_its_database_the_server_is_not_well_until_it_is_back(tmp_
             assert (await response.json())["database"] == "unavailable"
         async with server.http.post(f"{server.url}/api/sessions") as response:
             assert (response.status, (await response.json())["code"]) == (503, "unavailable")
-        assert await refused(server, "/ws/session/x") == (503, "unavailable")
-        storage.heal()
+        async with server.connect() as client:
+            await client.ask()
+            assert (await client.frame())["code"] == "ai_unavailable"
+            storage.heal()
+            await client.ask()
+            assert (await client.reply())[-1]["type"] == "ai_stream_complete"
         async with server.http.get(f"{server.url}/health") as response:
             assert response.status == 200
-        async with server.connect() as client:
-            await client.silent()
 
 
 async def test_the_page_says_what_this_is(server: Server) -> None:

@@ -227,18 +227,20 @@ async def test_seq_never_repeats_also_after_a_restart(tmp_path: Path) -> None:
     assert seqs == sorted(set(seqs))
 
 
-async def test_seq_does_not_fall_behind_what_another_replica_has_sent(tmp_path: Path) -> None:
+async def test_seq_does_not_fall_behind_what_another_replica_has_sent(
+    counsellor: ScriptedCounsellor, tmp_path: Path
+) -> None:
     clock = [1_800_000_000.0]
     settings = make_settings(f"sqlite:///{tmp_path}/a.db")
-    async with serve(settings, ScriptedCounsellor(), wall_clock=lambda: clock[0]) as server:
-        async with server.connect() as stays:
-            await stays.ask()
-            await stays.reply()
-            await stays.silent()  # has answered the ping behind the reply
-            clock[0] += 100  # meanwhile the page has talked to another replica, whose seq came from this clock
-            async with server.connect() as returns:
-                await returns.ask()
-                assert (await returns.reply())[0]["seq"] > clock[0] * 1e6
+    async with serve(settings, counsellor, wall_clock=lambda: clock[0]) as server:
+        async with server.connect() as client:
+            await client.ask("하나")
+        await until(lambda: not server.session().sockets and server.session().worker is None)
+        clock[0] += 10  # meanwhile the page has talked to another replica, whose seq came from this clock
+        async with server.connect() as client:
+            assert (await client.reply())[0]["seq"] < 1_800_000_001 * 1e6  # the kept one, as it was
+            await client.ask("둘")
+            assert (await client.reply())[0]["seq"] > clock[0] * 1e6
 
 
 # Several sockets
