@@ -267,6 +267,12 @@ class Wire:
         self._server.close()
         self.cut()
 
+    def strand(self) -> None:
+        """Freeze the connections there are for good, and let new ones through."""
+        self._flowing.clear()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.down:
             writer.transport.abort()
@@ -277,15 +283,16 @@ class Wire:
             writer.transport.abort()
             return
         self._writers |= {writer, target_writer}
+        flowing = self._flowing
         try:
-            await asyncio.gather(self._pump(reader, target_writer), self._pump(target_reader, writer))
+            await asyncio.gather(self._pump(reader, target_writer, flowing), self._pump(target_reader, writer, flowing))
         finally:
             self._writers -= {writer, target_writer}
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flowing: asyncio.Event) -> None:
         try:
             while data := await reader.read(65536):
-                await self._flowing.wait()
+                await flowing.wait()
                 writer.write(data)
         except OSError:
             pass

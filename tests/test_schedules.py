@@ -92,6 +92,17 @@ class Page:
                 lambda: any(text in text_of(reply) and reply[-1]["type"] in ENDS for reply in replies_of(self.frames))
             )
 
+    async def reply(self, before: int, patience: float = PATIENCE) -> list[dict[str, Any]]:
+        """Wait for the reply after so many, and return its frames."""
+
+        def ended() -> bool:
+            replies = replies_of(self.frames)
+            return len(replies) > before and replies[before][-1]["type"] in ENDS
+
+        async with asyncio.timeout(patience), self._news:
+            await self._news.wait_for(ended)
+        return replies_of(self.frames)[before]
+
     async def leave(self, *, cut: bool) -> None:
         if self.ws is None or self._reader is None:
             return
