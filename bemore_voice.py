@@ -1244,7 +1244,10 @@ class Session:
             await self._end(reply, "ai_stream_complete", {}, **beside)
         except Failure as failure:
             return await self._fail(reply, failure)
-        except Exception as bug:  # nobody is left without an answer, not even by a mistake of ours
+        except (Exception, asyncio.CancelledError) as bug:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            # Nobody is left without an answer, not even by a mistake of ours or a library's stray cancellation.
             return await self._fail(reply, Failure(ErrorCode.AI_UNAVAILABLE, describe_bug(bug)))
         finally:
             reply.producer.cancel()
@@ -1331,7 +1334,7 @@ class Session:
             await self._ask_for_proof(reply, socket)
 
 
-def describe_bug(bug: Exception) -> str:
+def describe_bug(bug: BaseException) -> str:
     """Tell where an exception came from, without its words: they may hold what somebody said."""
     frame = traceback.extract_tb(bug.__traceback__)[-1]
     return f"{type(bug).__name__} in {frame.name}, line {frame.lineno}"
@@ -1685,6 +1688,7 @@ def main() -> int:
         settings = read_settings({**read_dotenv(), **os.environ})
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
         logger.setLevel(settings.log_level.upper())  # libraries say more than they should below a warning
+        logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # a page for each try to reconnect; ours has the cause
         asyncio.run(serve(settings))
     except ConfigError as error:
         print(f"bemore_voice: {error}", file=sys.stderr)  # noqa: T201

@@ -159,16 +159,17 @@ class Conversation:
         """Close the page in the middle of its reply and load it anew; the reply must be stored, whoever saw it."""
         await self.page.leave(cut=False)
         query = "SELECT 1 FROM conversations WHERE user_message = $1"
-        while not await self.soak.table.fetch(query, message):
-            if self.soak.away(asked):
-                return "error while the database was away"
+        while not (stored := await self.soak.table.fetch(query, message)) and not self.soak.away(asked):
             await asyncio.sleep(0.05)
-        self.shown.append((message, text))
         self.page = self.new_page()
         await self.page.open()
         await self.page.send("status_update")  # whatever was kept for it is there with the pong
         if replies_of(self.page.frames):
-            await self.page.reply(len(replies_of(self.page.frames)) - 1)
+            frames = await self.page.reply(len(replies_of(self.page.frames)) - 1)
+            stored = stored or frames[-1]["type"] == "ai_stream_complete"
+        if not stored:
+            return "error while the database was away"
+        self.shown.append((message, text))
         return "complete"
 
     def note_recovery(self, fault: str, end: str, asked: float) -> None:

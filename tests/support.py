@@ -79,7 +79,7 @@ class Talk:
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
         self.prompt: Prompt | None = None
-        self._words: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+        self._words: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
 
     def say(self, *words: str) -> Self:
         for word in words:
@@ -90,7 +90,7 @@ class Talk:
         self._words.put_nowait(None)
         return self
 
-    def fail(self, error: Exception) -> Self:
+    def fail(self, error: BaseException) -> Self:
         self._words.put_nowait(error)
         return self
 
@@ -99,7 +99,7 @@ class Talk:
         self.asked.set()
         try:
             while (word := await self._words.get()) is not None:
-                if isinstance(word, Exception):
+                if isinstance(word, BaseException):
                     raise word
                 yield word
         finally:

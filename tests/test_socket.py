@@ -191,6 +191,15 @@ async def test_a_bug_of_ours_is_answered_and_logged_without_words(
     assert "secret" not in caplog.text
 
 
+async def test_a_stray_cancellation_is_answered(server: Server, counsellor: ScriptedCounsellor) -> None:
+    async with server.connect() as client:
+        counsellor.expect().fail(asyncio.CancelledError())
+        await client.ask()
+        assert error_of((await client.reply())[-1]) == "ai_unavailable"
+        await client.ask()
+        assert kinds_of(await client.reply())[-1] == "complete"
+
+
 # Bad input: after each, the same socket answers the next good request
 
 
