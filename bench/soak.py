@@ -159,7 +159,7 @@ class Conversation:
         """Close the page in the middle of its reply and load it anew; the reply must be stored, whoever saw it."""
         await self.page.leave(cut=False)
         query = "SELECT 1 FROM conversations WHERE user_message = $1"
-        while not (stored := await self.soak.table.fetch(query, message)) and not self.soak.away(asked):
+        while not (stored := await self.soak.table.fetch(query, message)) and not self.soak.away(asked):  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0.05)
         self.page = self.new_page()
         await self.page.open()
