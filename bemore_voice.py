@@ -39,6 +39,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import gc
 import hashlib
 import json
 import logging
@@ -79,7 +80,7 @@ HERE = Path(__file__).parent
 # Limits
 
 MAX_MESSAGE_CHARACTERS = 2_000  # code points after trimming; what a person says in several minutes
-MAX_FRAME_BYTES = 64 * 1024  # 2,000 characters are 24,000 bytes even when every one is escaped twice over
+MAX_FRAME_BYTES = 64 * 1024  # 2,000 characters are 24,000 bytes even when each is a pair of \u escapes
 MAX_WAITING_FRAMES = 16  # of one session, behind the one being answered
 MAX_SOCKETS_PER_SESSION = 8  # tabs and devices that see the same conversation
 MAX_SESSION_ID_CHARACTERS = 255  # the column's width
@@ -1427,23 +1428,29 @@ class Session:
             await self._end(reply, "ai_stream_error", data, **beside)
         finally:
             reply.producer.cancel()
-            await asyncio.gather(reply.producer, return_exceptions=True)
+            for error in await asyncio.gather(reply.producer, return_exceptions=True):
+                if isinstance(error, BaseException):
+                    # Its frames hold what was said, and by their time limit the task that holds the error: a circle
+                    # that would keep all of it until the next full garbage collection.
+                    error.__traceback__ = error.__context__ = None
+            reply.producer = None
         return None
 
     async def _attempt(self, reply: Reply, step: Coroutine[Any, Any, None]) -> None:
         """Take a step of a reply; raise Failure where it fails, but not to whom the helpline has been named."""
         try:
-            return await step
-        except Failure as error:
-            failure = error
+            await step
+        except Failure as failure:
+            if reply.signal is None:
+                raise
+            reply.cause = failure.cause or failure.code
         except (Exception, asyncio.CancelledError) as bug:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
             # Nobody is left without an answer, not even by a mistake of ours or a library's stray cancellation.
-            failure = Failure(ErrorCode.AI_UNAVAILABLE, describe_bug(bug))
-        if reply.signal is None:
-            raise failure
-        reply.cause = failure.cause or failure.code
+            reply.cause = describe_bug(bug)
+            if reply.signal is None:
+                raise Failure(ErrorCode.AI_UNAVAILABLE, reply.cause) from None
 
     async def _produce(self, reply: Reply) -> None:
         """Admit the request, ask the counsellor, and feed the reply as it is written."""
@@ -1854,6 +1861,8 @@ async def serve(settings: Settings) -> None:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
         host, port = runner.addresses[0][:2]
         answers = "demo mode, replies are canned" if settings.demo else f"model {settings.gemini_model}"
+        gc.collect()
+        gc.freeze()  # what the imports made stays for good: without it full collections are cheap, and come in time
         logger.info("BeMore voice %s on http://%s:%d, %s, %s", __version__, host, port, storage.where, answers)
         await stop.wait()
     finally:

