@@ -1306,6 +1306,7 @@ class Session:
                 if socket not in reply.doubted and (reply.end_seq is None or not said_goodbye):
                     reply.missed += 1
                     reply.expires = self._loop_time() + RESUME_SECONDS
+                reply.doubted.discard(socket)
         self._rest()
 
     def hear(self, socket: Socket) -> None:
