@@ -2,12 +2,15 @@
 
 import asyncio
 import sqlite3
+import statistics
+import time
 from collections.abc import AsyncIterator, Callable
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from support import (
     Answer,
     Client,
@@ -143,6 +146,34 @@ async def test_cancel_closes_the_models_stream(gemini: GeminiStandIn, asked: tup
     await until(lambda: gemini.ended == 1)
     assert [row[1] for row in await server.rows()] == ["가"]
     await check_reply(client, WHOLE, "complete")
+
+
+async def test_no_chunk_comes_later_than_50_ms_after_a_cancel(
+    gemini: GeminiStandIn, asked: tuple[Server, Client]
+) -> None:
+    _, client = asked
+
+    async def drip(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(event("가 "))
+            await asyncio.sleep(0.005)
+
+    gemini.default = drip
+    late = []
+    for _ in range(9):
+        await client.ask()
+        frames = [await client.frame() for _ in range(5)]
+        await client.send("cancel_ai_response")
+        cancelled = last = time.perf_counter()
+        while (frame := await client.frame())["type"] == "ai_stream_chunk":
+            last = time.perf_counter()
+        assert (frame["type"], frame["interrupted"]) == ("ai_stream_complete", True)
+        assert kinds_of(frames)[:2] == ["begin", "chunk"]
+        late.append(last - cancelled)
+    assert statistics.median(late) < 0.05
+    await until(lambda: gemini.ended == 9)
 
 
 # The database
@@ -358,23 +389,3 @@ async def test_postgres_restarts_without_the_server_restarting(
         await client.ask("둘")
         assert kinds_of(await client.reply())[-1] == "complete"
         assert [row[0] for row in await server.rows()] == ["하나", "둘"]
-
-
-# Replicas
-
-
-async def test_two_processes_on_one_postgres_behave_as_one(postgres_url: str) -> None:
-    """A session is made on one and used on the other; both take from one bucket."""
-    settings = make_settings(postgres_url, MAX_AI_REQUESTS_PER_MINUTE=4)
-    counsellor = ScriptedCounsellor()
-    async with serve(settings, counsellor) as one, serve(settings, counsellor) as two:
-        async with one.http.post(f"{one.url}/api/sessions") as response:
-            session_id = (await response.json())["session_id"]
-        ends = []
-        async with one.connect(session_id) as left, two.connect(session_id) as right:
-            for client in (left, right, left, right, left, right):
-                await client.ask()
-                ends.append(kinds_of(await client.reply())[-1])
-        assert ends == ["complete"] * 4 + ["error"] * 2
-        assert len(await two.rows(session_id)) == 4
-        assert len(counsellor.prompts[-1].history) == 3

@@ -138,6 +138,25 @@ async def test_on_sigterm_the_reply_in_progress_ends_and_is_stored(tmp_path: Pat
     assert rows == [("하나", text_of(frames))]
 
 
+async def test_two_processes_on_one_postgres_behave_as_one(
+    tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
+) -> None:
+    """A session is made on one and used on the other, with one history; both take from one bucket."""
+    values = {"DATABASE_URL": postgres_url, "GEMINI_API_KEY": "k", "GEMINI_BASE_URL": gemini.url}
+    values["MAX_AI_REQUESTS_PER_MINUTE"] = "4"
+    async with started(tmp_path, **values) as one, started(tmp_path, **values) as two:
+        async with aiohttp.ClientSession() as http, http.post(f"http://127.0.0.1:{one.port}/api/sessions") as response:
+            session_id = (await response.json())["session_id"]
+        ends = []
+        async with one.connect(session_id) as left, two.connect(session_id) as right:
+            for client in (left, right, left, right, left, right):
+                await client.ask()
+                ends.append((await client.reply())[-1])
+        assert [end["type"] for end in ends] == ["ai_stream_complete"] * 4 + ["ai_stream_error"] * 2
+        assert [end["code"] for end in ends[4:]] == ["rate_limited"] * 2
+        assert len(gemini.requests[-1]["body"]["contents"]) == 7
+
+
 async def test_dotenv_is_read_from_the_folder_of_the_start_and_the_environment_wins(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(
         "DATABASE_URL=sqlite:///mine.db\nLOG_LEVEL=error\n# 주석\nPORT=1\n", encoding="utf-8"
