@@ -438,8 +438,8 @@ def system_prompt(emotion: Emotion | None, at_risk: bool = False) -> str:
 
 # Crisis lane
 
-# Expressions of suicide and self-harm, then indirect signs of them. Between any two letters up to three spaces,
-# signs, digits or invisible characters may stand. A negation (죽고 싶지 않아요) counts like the expression itself:
+# Expressions of suicide and self-harm, then indirect signs of them. Between any two letters spaces, signs, digits
+# or invisible characters may stand. A negation (죽고 싶지 않아요) counts like the expression itself:
 # whoever has to say so may be asking for help, and one kind sentence too many costs less than one too few.
 # tests/crisis_sentences.py is what the lists are measured on; README gives the figures.
 EXPLICIT_SIGNS = (
@@ -493,7 +493,8 @@ IDIOMS = (
     r"한강에?(?:산책|소풍|치킨|자전거)",
 )
 
-SEPARATORS = r"[\W\d_]{0,3}"
+SEPARATORS = re.compile(r"[\W\d_]+")
+SEPARATOR = " ?"  # in a text whose separators have become one space
 CONSONANTS = "ㄱㄲㄴㄷㄸㄹㅁㅂㅃㅅㅆㅇㅈㅉㅊㅋㅌㅍㅎ"
 VOWELS = "ㅏㅐㅑㅒㅓㅔㅕㅖㅗㅘㅙㅚㅛㅜㅝㅞㅟㅠㅡㅢㅣ"
 FINALS = "\0ㄱㄲㄳㄴㄵㄶㄷㄹㄺㄻㄼㄽㄾㄿㅀㅁㅂㅄㅅㅆㅇㅈㅊㅋㅌㅍㅎ"
@@ -558,9 +559,9 @@ def _spread(expression: str) -> str:
     for token in re.findall(r"\(\?<!.*?\)|\(\?[:!]|\[.*?\]|.", expression):
         letter = token[0] == "[" or re.match("[가-힣ㄱ-ㅎ]", token) is not None
         if token == "(?!":
-            token += SEPARATORS
+            token += SEPARATOR
         elif open_end and (letter or token == "(?:"):
-            spread += SEPARATORS
+            spread += SEPARATOR
         spread += token
         open_end = letter or (token in ")?" and (open_end or token == ")"))
     return spread
@@ -569,7 +570,7 @@ def _spread(expression: str) -> str:
 def _compiled(signs: Sequence[str], words: Sequence[str] = ()) -> re.Pattern[str]:
     """Compile lists of expressions: separators may stand between the letters of signs, and at each ~ of words."""
     spread = [_spread(_plain(sign)) for sign in signs]
-    return re.compile("|".join([*spread, *(_plain(word).replace("~", SEPARATORS) for word in words)]))
+    return re.compile("|".join([*spread, *(_plain(word).replace("~", SEPARATOR) for word in words)]))
 
 
 _EXPLICIT = _compiled(EXPLICIT_SIGNS, EXPLICIT_WORDS)
@@ -579,7 +580,7 @@ _IDIOM = _compiled(IDIOMS)
 
 def crisis_signal(message: str) -> Signal | None:
     """Return what in a message speaks of suicide or self-harm, openly or by a sign; None where nothing does."""
-    plain = _IDIOM.sub(" ", _plain(message))
+    plain = _IDIOM.sub(" ", SEPARATORS.sub(" ", _plain(message)))
     texts = {plain, _joined(plain)}
     if any(_EXPLICIT.search(text) for text in texts):
         return Signal.EXPLICIT
@@ -1862,7 +1863,6 @@ async def serve(settings: Settings) -> None:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
         host, port = runner.addresses[0][:2]
         answers = "demo mode, replies are canned" if settings.demo else f"model {settings.gemini_model}"
-        gc.collect()
         gc.freeze()  # what the imports made stays for good: without it full collections are cheap, and come in time
         logger.info("BeMore voice %s on http://%s:%d, %s, %s", __version__, host, port, storage.where, answers)
         await stop.wait()
