@@ -1860,7 +1860,9 @@ async def serve(settings: Settings) -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+            # Not signal.signal(): the kernel may hand a signal to SQLite's thread, and an idle loop would sleep on.
+            with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends the loop by itself
+                loop.add_signal_handler(number, stop.set)
         host, port = runner.addresses[0][:2]
         answers = "demo mode, replies are canned" if settings.demo else f"model {settings.gemini_model}"
         gc.freeze()  # what the imports made stays for good: without it full collections are cheap, and come in time
