@@ -8,6 +8,8 @@ Run it: ``python bemore_voice.py``. Settings come from the environment and ``.en
 Routes
     GET  /ws/session/{session_id}   the conversation, JSON text frames ``{"type": ..., "data": {...}}``
     POST /api/sessions              a new session: its id, its WebSocket path, its token where tokens are in use
+    GET  /api/sessions/{session_id}/conversations   what was said: the newest turns, or those before an id
+    DELETE /api/sessions/{session_id}               erases the session with all that it said
     GET  /health                    200 or 503, and who answers: a model's name or ``demo``
     GET  /                          demo.html
 
@@ -31,16 +33,21 @@ A message that speaks of suicide or self-harm is answered at once by a prepared 
 whatever fails; the model's reply follows it.
 
 Limits: 2,000 characters a message, 64 KiB a frame (close code 1009), 16 frames waiting in a session (1008),
-8 sockets a session (429), MAX_AI_REQUESTS_PER_MINUTE. A reply whose socket was lost is kept for 35 seconds.
+8 sockets a session (429), MAX_CONNECTIONS in all (503), MAX_NEW_SESSIONS_PER_MINUTE an address (429),
+MAX_AI_REQUESTS_PER_MINUTE a session. A reply whose socket was lost is kept for 35 seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import datetime
 import email.utils
 import gc
 import hashlib
+import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -53,6 +60,7 @@ import sys
 import time
 import traceback
 import unicodedata
+import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -92,7 +100,15 @@ RESUME_SECONDS = 35  # the frontend reconnects after 1, 2, 4, 8 and 16 s: it giv
 STALL_SECONDS = 10  # a socket that has not taken its frames after so long is closed
 CLOSE_SECONDS = 2  # for the peer's half of the closing handshake
 DRAIN_SECONDS = 10  # for replies in progress on SIGTERM
+EMPTYING_SECONDS = 1  # between two tries to empty SQLite's log that another program reads
 STORE_SECONDS = 5  # a turn's insert is tried again for so long
+HANDSHAKE_SECONDS = 75  # for a request's header, and between two requests; longer than a proxy keeps its own end open
+BODY_SECONDS = 10
+MAX_BODY_BYTES = 16 * 1024  # no route needs one; some clients send an empty object
+MIN_SECRET_BYTES = 32  # HS256's own length (RFC 7518, 3.2); a shorter secret can be guessed
+DEFAULT_PAGE_TURNS = 50
+MAX_PAGE_TURNS = 200
+MAX_ID = 2**63 - 1
 GEMINI_ATTEMPTS = 3  # before the first chunk; never after it
 GEMINI_KEEPALIVE_SECONDS = 120  # people think between two turns; a new TLS connection costs 100 to 300 ms
 GEMINI_TAIL_SECONDS = 0.5  # from the finish reason to the end of the body, so that the connection can be kept
@@ -122,6 +138,9 @@ class Settings:
     require_session_token: bool
     session_ttl_hours: float
     allowed_origins: frozenset[str]
+    trust_proxy: bool
+    max_connections: int
+    max_new_sessions_per_minute: int
     max_ai_requests_per_minute: int
     stream_chunk_interval_ms: int
     barge_in: bool
@@ -140,6 +159,15 @@ class Settings:
     @property
     def demo(self) -> bool:
         return self.demo_mode or not self.gemini_api_key
+
+    @property
+    def weak_secret(self) -> bool:
+        return 0 < len(self.jwt_secret_key.encode()) < MIN_SECRET_BYTES
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.host.startswith("127.") or self.host in ("localhost", "::1")
 
 
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -220,6 +248,9 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         require_session_token=read.switch("REQUIRE_SESSION_TOKEN", False),
         session_ttl_hours=read.number("SESSION_TTL_HOURS", 24, 0.01, 8760),
         allowed_origins=read.origins("ALLOWED_ORIGINS", "http://localhost:5173"),
+        trust_proxy=read.switch("TRUST_PROXY", False),
+        max_connections=read.integer("MAX_CONNECTIONS", 10_000, 1, 1_000_000),
+        max_new_sessions_per_minute=read.integer("MAX_NEW_SESSIONS_PER_MINUTE", 60, 1, 60_000),
         max_ai_requests_per_minute=read.integer("MAX_AI_REQUESTS_PER_MINUTE", 10, 1, 6000),
         stream_chunk_interval_ms=read.integer("STREAM_CHUNK_INTERVAL_MS", 50, 0, 5000),
         barge_in=read.switch("BARGE_IN", False),
@@ -237,8 +268,8 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         raise ConfigError("DATABASE_URL: takes a URL, which this is not") from None
     if settings.gemini_thinking_level not in ("", "minimal", "low", "medium", "high"):
         raise ConfigError("GEMINI_THINKING_LEVEL: takes minimal, low, medium, high or nothing at all")
-    if settings.require_session_token and len(settings.jwt_secret_key.encode()) < 32:
-        raise ConfigError("JWT_SECRET_KEY: takes at least 32 bytes when REQUIRE_SESSION_TOKEN is on")
+    if settings.require_session_token and (settings.weak_secret or not settings.jwt_secret_key):
+        raise ConfigError(f"JWT_SECRET_KEY: takes at least {MIN_SECRET_BYTES} bytes when REQUIRE_SESSION_TOKEN is on")
     if settings.demo and not settings.demo_mode and not settings.sqlite:
         raise ConfigError("GEMINI_API_KEY: needed with Postgres, or DEMO_MODE=1 for canned replies")
     return settings
@@ -623,6 +654,15 @@ WHERE NOT EXISTS (
 )
 """
 
+COLUMNS = ("id", "session_id", "user_message", "ai_response", "emotion", "timestamp", "created_at")
+# One row at least where there is such a session, its columns empty where nothing was said.
+CONVERSATIONS = f"""
+SELECT {", ".join(f"said.{column}" for column in COLUMNS)} FROM sessions
+LEFT JOIN conversations AS said ON said.session_id = sessions.session_id AND said.id < CAST($2 AS BIGINT)
+WHERE sessions.session_id = CAST($1 AS TEXT) ORDER BY said.id DESC LIMIT CAST($3 AS BIGINT)
+"""
+DELETE_SESSION = "DELETE FROM sessions WHERE session_id = $1 RETURNING session_id"  # the rest goes by its foreign keys
+
 # The smallest honest translation of schema.sql.
 SQLITE_SPELLINGS = {
     "BIGSERIAL PRIMARY KEY": "INTEGER PRIMARY KEY AUTOINCREMENT",
@@ -699,6 +739,24 @@ class Storage(ABC):
         values = (session_id, request.message, reply, request.emotion, request.timestamp, last_id)
         await self._fetch(ADD_TURN, *values)
 
+    async def conversations(self, session_id: str, limit: int, before: int) -> list[dict[str, object]] | None:
+        """Return up to `limit` turns with ids under `before`, the newest of them, oldest first; None if unknown."""
+        rows = await self._fetch(CONVERSATIONS, session_id, before, limit)
+        if not rows:
+            return None
+        return [dict(zip(COLUMNS, map(_json_value, row), strict=True)) for row in reversed(rows) if row[0] is not None]
+
+    async def delete_session(self, session_id: str) -> bool:
+        """Erase a session with all that it said; return whether there was one, raise NotPermitted as above."""
+        return bool(await self._fetch(DELETE_SESSION, session_id))
+
+
+def _json_value(value: object) -> object:
+    """Return a column's value as JSON takes it; Postgres gives a moment where SQLite gives its text."""
+    if isinstance(value, datetime.datetime):
+        return value.astimezone(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return value
+
 
 class SQLite(Storage):
     """One connection, in a thread of its own; in autocommit, each statement is its own transaction."""
@@ -707,6 +765,7 @@ class SQLite(Storage):
         self._path = settings.database_url.removeprefix("sqlite:///")
         self._timeout = settings.database_timeout_seconds
         self._connection: aiosqlite.Connection | None = None
+        self._emptying: asyncio.Task[None] | None = None
         self.where = f"SQLite {self._path}"
 
     async def __aenter__(self) -> Self:
@@ -714,22 +773,55 @@ class SQLite(Storage):
         for postgres, sqlite in SQLITE_SPELLINGS.items():
             schema = schema.replace(postgres, sqlite)
         try:
-            sqlite3.connect(
-                self._path
-            ).close()  # first: where it cannot be opened, aiosqlite's thread outlives the loop
+            if self._path != ":memory:":
+                with contextlib.suppress(OSError):  # it is there, or SQLite says below what is wrong
+                    os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))  # for this user's eyes only
+            sqlite3.connect(self._path).close()  # where it cannot be opened, aiosqlite's thread outlives the loop
             self._connection = await aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
             await self._connection.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON;\n" + schema,
+                "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;\n" + schema
             )
+            await self._empty_log()  # a process that was killed may have left there what it erased
         except sqlite3.Error as error:
             await self.__aexit__()
             raise ConfigError(f"DATABASE_URL: cannot use {self.where} ({error})") from None
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._emptying is not None:
+            self._emptying.cancel()
         if self._connection is not None:
             await self._connection.close()
             self._connection = None
+
+    async def delete_session(self, session_id: str) -> bool:
+        """Erase a session, from the file too: its pages are overwritten, and the write-ahead log is emptied."""
+        existed = await super().delete_session(session_id)
+        if existed and not await self._empty_log() and (self._emptying is None or self._emptying.done()):
+            logger.warning("%s: another program reads it; %s-wal is emptied after that", self.where, self._path)
+            self._emptying = asyncio.create_task(self._keep_emptying_log())
+        return existed
+
+    async def _empty_log(self) -> bool:
+        """Move the write-ahead log into the file and cut it to nothing; return False while another program reads it."""
+        assert self._connection is not None
+        with contextlib.suppress(sqlite3.Error):  # the size tells
+            # In one script, so that no statement of anybody's waits for a reader, and none has this short patience.
+            await self._connection.executescript(
+                "PRAGMA busy_timeout = 50; PRAGMA wal_checkpoint(TRUNCATE);"
+                f"PRAGMA busy_timeout = {self._timeout * 1000:.0f}"
+            )
+        return self._log_is_empty()
+
+    def _log_is_empty(self) -> bool:
+        log = Path(f"{self._path}-wal")
+        return not log.exists() or log.stat().st_size == 0
+
+    async def _keep_emptying_log(self) -> None:
+        while True:
+            await asyncio.sleep(EMPTYING_SECONDS)
+            if await self._empty_log():
+                return
 
     async def _fetch(self, sql: str, *values: object) -> Sequence[Any]:
         assert self._connection is not None
@@ -1270,6 +1362,8 @@ class Session:
         self.sockets: set[Socket] = set()
         self.worker: asyncio.Task[None] | None = None
         self.to_be_created = False  # on connect, but the database was away
+        self.storing = asyncio.Lock()  # held while a turn is written, and while all of them are erased
+        self.erased = False
         self._owner = owner
         self._current: Reply | Refusal | None = None
         self._waiting: deque[Reply | Refusal] = deque()
@@ -1329,7 +1423,7 @@ class Session:
 
     def _forget_replies(self) -> None:
         now = self._loop_time()
-        self._replies = [reply for reply in self._replies if reply.wanted(now)]
+        self._replies = [reply for reply in self._replies if reply.wanted(now) and not self.erased]
 
     def _rest(self) -> None:
         """Leave the registry, now or when nobody can come back for anything any more."""
@@ -1384,6 +1478,13 @@ class Session:
         if isinstance(self._current, Reply):
             self._current.interrupt()
 
+    def erase(self) -> None:
+        """Stop the reply in progress, keep nothing of it, and refuse whatever is asked from now on."""
+        self.erased = True
+        self._replies.clear()
+        self.interrupt()
+        self._rest()
+
     def refuse_waiting(self, failure: Failure) -> None:
         """Let every request that waits be answered by an error when its turn comes, but for those in danger."""
         self._waiting = deque(refused_unless_at_risk(item, failure) for item in self._waiting)
@@ -1424,7 +1525,7 @@ class Session:
         except Failure as failure:
             reply.outcome, reply.cause = failure.code, failure.cause
             if failure.code is not ErrorCode.AI_UNAVAILABLE and not reply.shown:
-                self._replies.remove(reply)
+                self._replies = [other for other in self._replies if other is not reply]
                 return failure
             data, beside = error_fields(failure)
             await self._end(reply, "ai_stream_error", data, **beside)
@@ -1459,6 +1560,8 @@ class Session:
         owner, request = self._owner, reply.request
         if reply.signal is not None:
             reply.feed(CARE[reply.signal])  # before anything that can fail or take time
+        if self.erased:
+            raise Failure(ErrorCode.SESSION_EXPIRED)
         if self.to_be_created:
             await owner.storage.create_session(self.id)
             self.to_be_created = False
@@ -1502,7 +1605,10 @@ class Session:
         give_up = loop.time() + STORE_SECONDS
         while True:
             try:
-                return await self._owner.storage.add_turn(self.id, reply.request, text, reply.last_turn)
+                async with self.storing:
+                    if not self.erased:
+                        await self._owner.storage.add_turn(self.id, reply.request, text, reply.last_turn)
+                return
             except Failure as failure:
                 if failure.code is not ErrorCode.AI_UNAVAILABLE or loop.time() + pause > give_up:
                     raise
@@ -1530,8 +1636,8 @@ class Session:
 
 def describe_bug(bug: BaseException) -> str:
     """Tell where an exception came from, without its words: they may hold what somebody said."""
-    frame = traceback.extract_tb(bug.__traceback__)[-1]
-    return f"{type(bug).__name__} in {frame.name}, line {frame.lineno}"
+    frames = traceback.extract_tb(bug.__traceback__)
+    return type(bug).__name__ + (f" in {frames[-1].name}, line {frames[-1].lineno}" if frames else "")
 
 
 def anonymous(session_id: str) -> str:
@@ -1571,8 +1677,10 @@ class Sessions:
         self.storage = storage
         self.counsellor = counsellor
         self.draining = False
+        self.connections = 0
         self._wall_clock = wall_clock
         self._sessions: dict[str, Session] = {}
+        self._erased: set[Session] = set()  # with sockets that are still open
 
     def now_us(self) -> int:
         return int(self._wall_clock() * 1_000_000)
@@ -1585,12 +1693,29 @@ class Sessions:
         return len(self._sessions[session_id].sockets) if session_id in self._sessions else 0
 
     def forget(self, session: Session) -> None:
-        self._sessions.pop(session.id, None)
+        self._erased.discard(session)
+        if self._sessions.get(session.id) is session:
+            del self._sessions[session.id]
+
+    async def erase(self, session_id: str) -> bool:
+        """Erase a session with all that it said, and return whether there was one.
+
+        Its open sockets stay with what is erased: a new session of the same name shares nothing with them.
+        """
+        session = self._sessions.get(session_id) or Session(session_id, self)
+        async with session.storing:  # a turn is written before this, or never
+            if not await self.storage.delete_session(session_id):
+                return False
+            if (erased := self._sessions.pop(session_id, None)) is not None:
+                self._erased.add(erased)
+                erased.erase()
+        logger.info("session=%s erased", anonymous(session_id))
+        return True
 
     async def drain(self) -> None:
         """Let replies in progress end, for DRAIN_SECONDS at most, refuse what waits, and close all sockets."""
         self.draining = True
-        sessions = list(self._sessions.values())
+        sessions = [*self._sessions.values(), *self._erased]
         for session in sessions:
             session.refuse_waiting(SHUTTING_DOWN)
         late = {session.worker for session in sessions if session.worker is not None}
@@ -1611,40 +1736,50 @@ class Sessions:
 SETTINGS = web.AppKey("settings", Settings)
 STORAGE = web.AppKey("storage", Storage)
 SESSIONS = web.AppKey("sessions", Sessions)
+NEW_SESSIONS: web.AppKey[AddressLimit] = web.AppKey("new_sessions")
 
 SPOKEN = (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG)  # by a peer that is there
 
 HTTP_ERRORS = {
+    "invalid_request": (400, "요청 형식이 올바르지 않습니다"),
     "invalid_session_id": (400, "세션 ID가 올바르지 않습니다"),
     "invalid_token": (401, "인증 정보가 올바르지 않습니다"),
     "origin_not_allowed": (403, "허용되지 않은 출처의 요청입니다"),
-    "sessions_managed_elsewhere": (403, "세션은 다른 서비스에서 만들어야 합니다"),
+    "sessions_managed_elsewhere": (403, "세션은 다른 서비스에서 만들고 지워야 합니다"),
     "not_found": (404, "찾을 수 없는 주소입니다"),
+    "unknown_session": (404, "세션을 찾을 수 없습니다"),
     "method_not_allowed": (405, "지원하지 않는 요청 방식입니다"),
+    "request_timeout": (408, "요청을 받는 시간이 초과되었습니다"),
+    "body_too_large": (413, "요청이 너무 큽니다"),
     "upgrade_required": (426, "웹소켓으로 연결해주세요"),
+    "too_many_sessions": (429, "새 세션을 너무 자주 만들었습니다. 잠시 후 다시 시도해주세요"),
     "too_many_sockets": (429, "이 세션에 열린 연결이 너무 많습니다"),
+    "internal_error": (500, "서버에 문제가 생겼습니다"),
+    "too_many_connections": (503, "접속이 많습니다. 잠시 후 다시 시도해주세요"),
     "unavailable": (503, "서비스를 일시적으로 사용할 수 없습니다"),
 }
 
 
 class HttpRefusal(Exception):  # noqa: N818 - it is an answer, not a bug
-    """One of HTTP_ERRORS, as the answer to a request."""
+    """One of HTTP_ERRORS, as the answer to a request; `retry_after` in seconds."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, retry_after: int | None = None) -> None:
         super().__init__(code)
         self.code = code
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
 
 
 @web.middleware
 async def answer_refusals(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    headers = {}
+    headers: Mapping[str, str] = {}
     try:
         check_origin(request)
+        await pass_over_body(request)
         return await handler(request)
     except HttpRefusal as refusal:
-        code = refusal.code
+        code, headers = refusal.code, refusal.headers
     except Failure as failure:
         code = "unavailable"
         logger.warning("%s %s: %s", request.method, request.match_info.route.resource, failure.cause)
@@ -1652,29 +1787,127 @@ async def answer_refusals(
         code = "not_found"
     except web.HTTPMethodNotAllowed as error:
         code, headers = "method_not_allowed", {"Allow": error.headers["Allow"]}
+    except ConnectionError:
+        raise  # nobody is there to be answered
+    except Exception as bug:
+        code = "internal_error"
+        logger.error("%s %s: %s", request.method, request.match_info.route.resource, describe_bug(bug))
     status, sentence = HTTP_ERRORS[code]
     return web.json_response({"error": sentence, "code": code}, status=status, headers=headers)
 
 
 def check_origin(request: web.Request) -> None:
-    """Refuse a browser's page of another origin; what sends no Origin is no browser's page."""
-    origin = request.headers.get("Origin")
-    own = f"{request.scheme}://{request.host}"
-    if origin is not None and origin != own and origin not in request.app[SETTINGS].allowed_origins:
+    """Refuse a browser's page of another origin; what sends no Origin is no browser's page, or is the server's own.
+
+    Raise HttpRefusal also where the server's own name is a stranger's: any page can let its name point to
+    127.0.0.1, and be of the same origin as a server that listens there (DNS rebinding).
+    """
+    settings = request.app[SETTINGS]
+    scheme = request.scheme
+    if settings.trust_proxy:
+        scheme = last_forwarded(request, "X-Forwarded-Proto") or scheme
+    origin, own = request.headers.get("Origin"), f"{scheme}://{request.host}"
+    if origin in settings.allowed_origins:
+        return
+    rebound = settings.local and not settings.trust_proxy and not is_own_name(request.host, settings.allowed_origins)
+    if origin not in (None, own) or rebound:
         raise HttpRefusal("origin_not_allowed")
 
 
-async def allow_origin(request: web.Request, response: web.StreamResponse) -> None:
-    """Let an allowed origin's page read the answer (CORS)."""
-    response.headers["Vary"] = "Origin"
+def is_own_name(host: str, allowed_origins: frozenset[str]) -> bool:
+    """Tell whether a Host header names this machine, as no stranger's domain can, or one of the allowed origins."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    if name == "localhost" or name in {urlsplit(origin).hostname for origin in allowed_origins}:
+        return True
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def last_forwarded(request: web.Request, name: str) -> str:
+    """Return what the nearest proxy added to a header; all before that may be anyone's invention."""
+    return request.headers.getall(name, [""])[-1].rpartition(",")[2].strip()
+
+
+def client_address(request: web.Request) -> str:
+    """Return the address to count by: an IPv6 one by its first half, all of which one household has."""
+    address = request.remote or ""
+    if request.app[SETTINGS].trust_proxy:
+        address = last_forwarded(request, "X-Forwarded-For") or address
+        if dressed := re.fullmatch(r"(?:\[(.+)\]|([\d.]+))(?::\d+)?", address):  # as Azure writes it
+            address = dressed[1] or dressed[2]
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return request.remote or ""
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed)
+
+
+class AddressLimit:
+    """Token buckets by address, in memory: full they allow a minute's worth at once; each replica has its own."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._refill_us = 60_000_000 // per_minute
+        self._bucket_us = self._refill_us * per_minute
+        self._full_at_us: dict[str, int] = {}  # the least recently used first
+
+    def take(self, address: str, now_us: int) -> int:
+        """Take a token and return 0, or return the seconds until there is one."""
+        for other in list(itertools.takewhile(lambda other: self._full_at_us[other] <= now_us, self._full_at_us)):
+            del self._full_at_us[other]
+        full_at_us = max(self._full_at_us.get(address, 0), now_us) + self._refill_us
+        if (early_us := full_at_us - now_us - self._bucket_us) > 0:
+            return -(-early_us // 1_000_000)
+        self._full_at_us.pop(address, None)
+        self._full_at_us[address] = full_at_us
+        return 0
+
+
+async def pass_over_body(request: web.Request) -> None:
+    """Read what nobody asked for, so that the connection can be kept; refuse what is too long or too slow."""
+    if not request.body_exists:
+        return
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise HttpRefusal("body_too_large") from None
+    except TimeoutError:
+        raise HttpRefusal("request_timeout") from None
+    except (web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
+        raise HttpRefusal("invalid_request") from None
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Let an allowed origin's page read the answer (CORS), and nobody keep it, sniff in it or learn from it."""
+    headers = response.headers
+    headers["Vary"] = "Origin"
     if (origin := request.headers.get("Origin")) in request.app[SETTINGS].allowed_origins:
-        response.headers["Access-Control-Allow-Origin"] = str(origin)
+        headers["Access-Control-Allow-Origin"] = str(origin)
+    headers["X-Content-Type-Options"] = "nosniff"
+    headers["Referrer-Policy"] = "no-referrer"
+    headers["Cache-Control"] = "no-store"
+    headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+    headers["Server"] = "BeMore voice"  # aiohttp would name Python's version and its own
 
 
 async def preflight(_: web.Request) -> web.Response:
-    allowed = {"Methods": "GET, POST", "Headers": "Authorization, Content-Type"}
+    allowed = {"Methods": "GET, POST, DELETE", "Headers": "Authorization, Content-Type"}
     headers = {f"Access-Control-Allow-{name}": value for name, value in allowed.items()}
     return web.Response(status=204, headers={**headers, "Access-Control-Max-Age": "600"})
+
+
+def check_session_id(request: web.Request) -> str:
+    session_id = request.match_info["session_id"]
+    if not (1 <= len(session_id) <= MAX_SESSION_ID_CHARACTERS and session_id.isprintable()):
+        raise HttpRefusal("invalid_session_id")
+    return session_id
 
 
 def issue_token(settings: Settings, session_id: str) -> str:
@@ -1704,6 +1937,8 @@ def check_token(request: web.Request, session_id: str, *, required: bool) -> Non
 async def create_session(request: web.Request) -> web.Response:
     """POST /api/sessions: make a session and tell where to talk to it."""
     settings, session_id = request.app[SETTINGS], secrets.token_urlsafe(24)
+    if wait := request.app[NEW_SESSIONS].take(client_address(request), request.app[SESSIONS].now_us()):
+        raise HttpRefusal("too_many_sessions", retry_after=wait)
     try:
         await request.app[STORAGE].create_session(session_id)
     except NotPermitted:
@@ -1712,6 +1947,44 @@ async def create_session(request: web.Request) -> web.Response:
     if settings.jwt_secret_key:
         body["token"] = issue_token(settings, session_id)
     return web.json_response(body, status=201)
+
+
+def check_access(request: web.Request) -> str:
+    """Return the id of the session that a request is about; refuse one without its token, where tokens are in use."""
+    session_id = check_session_id(request)
+    if request.app[SETTINGS].jwt_secret_key:
+        check_token(request, session_id, required=True)
+    return session_id
+
+
+async def read_conversations(request: web.Request) -> web.Response:
+    """GET /api/sessions/{session_id}/conversations: a page of what was said, the newest by default."""
+    session_id = check_access(request)
+    limit = read_number(request, "limit", DEFAULT_PAGE_TURNS, MAX_PAGE_TURNS)
+    before = read_number(request, "before", MAX_ID, MAX_ID)
+    turns = await request.app[STORAGE].conversations(session_id, limit, before)
+    if turns is None:
+        raise HttpRefusal("unknown_session")
+    return web.json_response({"session_id": session_id, "conversations": turns}, dumps=_ENCODER.encode)
+
+
+def read_number(request: web.Request, name: str, default: int, most: int) -> int:
+    """Return a number of the query; refuse what is not from 1 to `most`."""
+    value = request.query.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,19}", value) or not 1 <= int(value) <= most:
+        raise HttpRefusal("invalid_request")
+    return int(value)
+
+
+async def delete_session(request: web.Request) -> web.Response:
+    """DELETE /api/sessions/{session_id}: erase the session with all that it said."""
+    try:
+        existed = await request.app[SESSIONS].erase(check_access(request))
+    except NotPermitted:
+        raise HttpRefusal("sessions_managed_elsewhere") from None
+    if not existed:
+        raise HttpRefusal("unknown_session")
+    return web.Response(status=204)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -1726,20 +1999,50 @@ async def health(request: web.Request) -> web.Response:
     return web.json_response(body, status=200 if well else 503)
 
 
-async def index(_: web.Request) -> web.FileResponse:
-    return web.FileResponse(HERE / "demo.html")
+async def index(_: web.Request) -> web.Response:
+    """GET /: the page, which may load nothing, and talk to this server alone."""
+    try:
+        page = await asyncio.to_thread((HERE / "demo.html").read_text, encoding="utf-8")
+    except FileNotFoundError:
+        raise HttpRefusal("not_found") from None
+    return web.Response(
+        text=page, content_type="text/html", headers={"Content-Security-Policy": content_security_policy(page)}
+    )
+
+
+def content_security_policy(page: str) -> str:
+    """Return the policy under which a page's own inline style and script run, and nothing else does."""
+
+    def hashes(tag: str) -> str:
+        blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 async def session_socket(request: web.Request) -> web.StreamResponse:
     """GET /ws/session/{session_id}: refuse before the upgrade, or open a socket and read it to its end."""
     settings, sessions = request.app[SETTINGS], request.app[SESSIONS]
-    session_id = request.match_info["session_id"]
-    if not (1 <= len(session_id) <= MAX_SESSION_ID_CHARACTERS and session_id.isprintable()):
-        raise HttpRefusal("invalid_session_id")
+    session_id = check_session_id(request)
     if settings.jwt_secret_key:
         check_token(request, session_id, required=settings.require_session_token)
     if not web.WebSocketResponse().can_prepare(request):
         raise HttpRefusal("upgrade_required")
+    if sessions.connections >= settings.max_connections:  # before a session is created for it
+        raise HttpRefusal("too_many_connections")
+    sessions.connections += 1
+    try:
+        return await open_socket(request, session_id)
+    finally:
+        sessions.connections -= 1
+
+
+async def open_socket(request: web.Request, session_id: str) -> web.StreamResponse:
+    settings, sessions = request.app[SETTINGS], request.app[SESSIONS]
     to_be_created = settings.auto_create_sessions
     if to_be_created:
         # A database that is away keeps nobody from connecting: a lost reply may wait here for this socket.
@@ -1814,8 +2117,9 @@ def create_app(
     settings: Settings, storage: Storage, counsellor: Counsellor, wall_clock: Callable[[], float] = time.time
 ) -> web.Application:
     """Wire the server; `storage` and `counsellor` are opened at start and closed after the last reply."""
-    app = web.Application(middlewares=[answer_refusals])
+    app = web.Application(middlewares=[answer_refusals], client_max_size=MAX_BODY_BYTES)
     app[SETTINGS] = settings
+    app[NEW_SESSIONS] = AddressLimit(settings.max_new_sessions_per_minute)
     app[STORAGE] = storage
     app[SESSIONS] = Sessions(settings, storage, counsellor, wall_clock)
 
@@ -1828,27 +2132,80 @@ def create_app(
 
     app.cleanup_ctx.append(resources)
     app.on_shutdown.append(drain)
-    app.on_response_prepare.append(allow_origin)
+    app.on_response_prepare.append(add_headers)
     app.router.add_get(r"/ws/session/{session_id:[\s\S]*}", session_socket)
     app.router.add_post("/api/sessions", create_session)
+    app.router.add_get("/api/sessions/{session_id:[^/]*}/conversations", read_conversations, allow_head=False)
+    app.router.add_delete("/api/sessions/{session_id:[^/]*}", delete_session)
     app.router.add_route("OPTIONS", "/api/{path:.*}", preflight)
     app.router.add_get("/health", health)
     app.router.add_get("/", index)
     return app
 
 
+def make_runner(app: web.Application) -> web.AppRunner:
+    """Return what serves an application within the limits that no handler sees."""
+    return web.AppRunner(
+        app,
+        access_log=None,  # its lines would hold session ids and tokens
+        keepalive_timeout=HANDSHAKE_SECONDS,  # aiohttp counts a first header's time by it too
+        lingering_time=CLOSE_SECONDS,  # for what is left of a refused body
+        shutdown_timeout=CLOSE_SECONDS,
+    )
+
+
 # Entry point
+
+
+class LogFormatter(logging.Formatter):
+    """Write each record on one line, and of an exception only what it is and where it came from.
+
+    A library's exception may quote what somebody said, or the line of a request with its token.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "".join(character if character.isprintable() else " " for character in super().format(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
+        return describe_bug(ei[1])
+
+
+def configure_logging(level: str) -> None:
+    """Send all lines to stderr; what libraries say below a warning is more than they should."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logger.setLevel(level.upper())
+    logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # a page for each try to reconnect; ours has the cause
+    warnings.filterwarnings("ignore", message=".*HMAC key.*")  # PyJWT's at every token; ours comes once, at start
+
+
+def log_stray_exception(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what asyncio found in a task that nobody waits for; asyncio's own line would hold the exception's words."""
+    bug = context.get("exception")
+    logger.error("%s%s", context.get("message", ""), "" if bug is None else f": {describe_bug(bug)}")
+
+
+def allow_open_files(wanted: int) -> None:
+    """Raise this process's limit on open files as far as it may: a common default is 1,024."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none, macOS caps it lower than it says
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain; raise ConfigError where the start fails."""
     storage = SQLite(settings) if settings.sqlite else Postgres(settings)
     counsellor = Demo() if settings.demo else Gemini(settings)
-    runner = web.AppRunner(
-        create_app(settings, storage, counsellor),
-        access_log=None,  # its lines would hold session ids and tokens
-        shutdown_timeout=CLOSE_SECONDS,
-    )
+    runner = make_runner(create_app(settings, storage, counsellor))
+    allow_open_files(2 * settings.max_connections + 100)  # while a reply streams its session has two connections
+    asyncio.get_running_loop().set_exception_handler(log_stray_exception)
+    if settings.weak_secret:
+        logger.warning("JWT_SECRET_KEY: tokens can be forged by guessing it, take %d random bytes", MIN_SECRET_BYTES)
     try:
         await runner.setup()
         try:
@@ -1884,9 +2241,7 @@ def main() -> int:
     """Read the settings and serve; return the exit status."""
     try:
         settings = read_settings({**read_dotenv(), **os.environ})
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-        logger.setLevel(settings.log_level.upper())  # libraries say more than they should below a warning
-        logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # a page for each try to reconnect; ours has the cause
+        configure_logging(settings.log_level)
         asyncio.run(serve(settings))
     except ConfigError as error:
         print(f"bemore_voice: {error}", file=sys.stderr)  # noqa: T201

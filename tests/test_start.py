@@ -1,73 +1,15 @@
 """The program as it is started: one start line, one-line errors, a clean end."""
 
 import asyncio
-import os
 import re
 import signal
 import socket
 import sqlite3
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
-from support import PATIENCE, Client, GeminiStandIn, kinds_of, text_of
-
-MODULE = Path(__file__).parent.parent / "bemore_voice.py"
-
-
-class Program:
-    """The module in a process of its own, in a folder of its own."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.log = ""
-        self.port = 0
-
-    async def wait_for(self, pattern: str) -> re.Match[str]:
-        assert self.process.stderr is not None
-        while not (match := re.search(pattern, self.log)):
-            line = await asyncio.wait_for(self.process.stderr.readline(), PATIENCE)
-            assert line, self.log
-            self.log += line.decode()
-        return match
-
-    async def end(self) -> int:
-        """Read the rest of the log, and return the exit status."""
-        assert self.process.stderr is not None
-        self.log += (await asyncio.wait_for(self.process.stderr.read(), PATIENCE)).decode()
-        return await asyncio.wait_for(self.process.wait(), PATIENCE)
-
-    @asynccontextmanager
-    async def connect(self, session_id: str = "s") -> AsyncIterator[Client]:
-        url = f"ws://127.0.0.1:{self.port}/ws/session/{session_id}"
-        async with aiohttp.ClientSession() as http, http.ws_connect(url) as ws:
-            yield Client(ws)
-
-
-@asynccontextmanager
-async def start(folder: Path, **values: object) -> AsyncIterator[Program]:
-    environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    environment |= {name: str(value) for name, value in values.items()}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(MODULE), cwd=folder, env=environment, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        yield Program(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-@asynccontextmanager
-async def started(folder: Path, **values: object) -> AsyncIterator[Program]:
-    async with start(folder, **{"PORT": 0, **values}) as program:
-        match = await program.wait_for(r"BeMore voice \S+ on http://127\.0\.0\.1:(\d+), .*")
-        program.port = int(match[1])
-        yield program
+from support import GeminiStandIn, kinds_of, start, started, text_of
 
 
 async def test_a_hobbyist_starts_it_without_any_setting_and_talks(tmp_path: Path) -> None:
