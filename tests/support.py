@@ -245,13 +245,13 @@ class Server:
 
 @asynccontextmanager
 async def serve(
-    settings: Settings, counsellor: Counsellor, storage: Storage | None = None, **options: Any
+    settings: Settings, counsellor: Counsellor, storage: Storage | None = None, port: int = 0, **options: Any
 ) -> AsyncIterator[Server]:
     storage = storage or open_storage(settings)
     runner = make_runner(create_app(settings, storage, counsellor, **options))
     try:
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
         async with aiohttp.ClientSession() as http:
             yield Server(runner, storage, http)
     finally:
