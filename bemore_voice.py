@@ -62,7 +62,6 @@ import traceback
 import unicodedata
 import warnings
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -941,6 +940,9 @@ class Counsellor(Protocol):
 
     async def __aexit__(self, *_: object) -> None: ...
 
+    def prepare(self) -> None:
+        """Get ready, without waiting: somebody has come, and is about to speak."""
+
     def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
         """Yield the reply in pieces as they are written; raise Failure where it cannot be had whole."""
         ...
@@ -976,8 +978,11 @@ class Gemini:
     def __init__(self, settings: Settings) -> None:
         self.name = settings.gemini_model
         self._settings = settings
-        self._url = f"{settings.gemini_base_url}/models/{quote(self.name)}:streamGenerateContent?alt=sse"
+        self._model_url = f"{settings.gemini_base_url}/models/{quote(self.name)}"
+        self._url = f"{self._model_url}:streamGenerateContent?alt=sse"
         self._client: aiohttp.ClientSession | None = None
+        self._warm_until = 0.0  # by the loop's clock: so long a connection is kept
+        self._warming: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self._client = aiohttp.ClientSession(
@@ -991,11 +996,35 @@ class Gemini:
                 "Accept-Encoding": "identity",  # compression would hold chunks back
             },
         )
+        self.prepare()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._warming is not None:
+            self._warming.cancel()
         if self._client is not None:
             await self._client.close()
+
+    def prepare(self) -> None:
+        """Open a connection where none is kept, so that the first word does not wait for TLS."""
+        if asyncio.get_running_loop().time() >= self._warm_until:
+            self._keep_warm()
+            self._warming = asyncio.create_task(self._warm_up())
+
+    def _keep_warm(self) -> None:
+        self._warm_until = asyncio.get_running_loop().time() + GEMINI_KEEPALIVE_SECONDS
+
+    async def _warm_up(self) -> None:
+        """Ask for the model's description, which costs nothing; a wrong key or name is told before anyone speaks."""
+        assert self._client is not None
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # a reply will find the same, and say so
+            async with (
+                asyncio.timeout(self._settings.first_chunk_timeout_seconds),
+                self._client.get(self._model_url, allow_redirects=False) as response,
+            ):
+                await response.read()
+                if hint := GEMINI_HINTS.get(response.status):
+                    logger.warning("Gemini: status %d for the model's description: %s", response.status, hint)
 
     def request_body(self, prompt: Prompt) -> dict[str, object]:
         """Return the body of streamGenerateContent; what the person said is only ever in a user part."""
@@ -1079,6 +1108,7 @@ class Gemini:
             with contextlib.suppress(TimeoutError, aiohttp.ClientError):
                 async with asyncio.timeout(GEMINI_TAIL_SECONDS):
                     await response.content.read()
+                    self._keep_warm()
 
     def _check_finish(self, finish: str, spoke: bool) -> None:
         """Raise Failure unless the reply ended as one should."""
@@ -1213,6 +1243,8 @@ class Demo:
         return self
 
     async def __aexit__(self, *_: object) -> None: ...
+
+    def prepare(self) -> None: ...
 
     async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
         for number, word in enumerate(demo_reply(prompt).split(" ")):
@@ -1366,7 +1398,7 @@ class Session:
         self.erased = False
         self._owner = owner
         self._current: Reply | Refusal | None = None
-        self._waiting: deque[Reply | Refusal] = deque()
+        self._waiting: list[Reply | Refusal] = []  # a deque would take 700 bytes for every silent session
         self._replies: list[Reply] = []  # in progress, or still wanted
         self._seq = 0
         self._rest_timer: asyncio.TimerHandle | None = None
@@ -1465,13 +1497,13 @@ class Session:
         elif len(self._waiting) < MAX_WAITING_FRAMES:
             self._waiting.append(item)
         else:
-            self._waiting = deque(other for other in self._waiting if other.asker is not socket)
+            self._waiting = [other for other in self._waiting if other.asker is not socket]
             return False
         return True
 
     def cancel(self) -> None:
         """Stop the reply in progress, and withdraw the requests that wait behind it."""
-        self._waiting = deque(item for item in self._waiting if isinstance(item, Refusal))
+        self._waiting = [item for item in self._waiting if isinstance(item, Refusal)]
         self.interrupt()
 
     def interrupt(self) -> None:
@@ -1487,7 +1519,7 @@ class Session:
 
     def refuse_waiting(self, failure: Failure) -> None:
         """Let every request that waits be answered by an error when its turn comes, but for those in danger."""
-        self._waiting = deque(refused_unless_at_risk(item, failure) for item in self._waiting)
+        self._waiting = [refused_unless_at_risk(item, failure) for item in self._waiting]
 
     # Replies go out
 
@@ -1499,7 +1531,7 @@ class Session:
                 data, beside = error_fields(refused)
                 await item.asker.send(encode_frame("ai_stream_error", data, **beside))
             log_answer(self.id, item, refused, self._loop_time())
-            self._current = self._waiting.popleft() if self._waiting else None
+            self._current = self._waiting.pop(0) if self._waiting else None
         self.worker = None
         self._rest()
 
@@ -1565,8 +1597,11 @@ class Session:
         if self.to_be_created:
             await owner.storage.create_session(self.id)
             self.to_be_created = False
-        await owner.storage.take_token(self.id, owner.now_us(), owner.settings.max_ai_requests_per_minute)
-        history = await owner.storage.history(self.id)
+        # Both at once: the model waits for them. A history that was read in vain costs less than its round trip.
+        _, history = await asyncio.gather(
+            owner.storage.take_token(self.id, owner.now_us(), owner.settings.max_ai_requests_per_minute),
+            owner.storage.history(self.id),
+        )
         reply.last_turn = history[-1].id if history else 0
         at_risk = reply.signal is not None or (bool(history) and history[-1].at_risk)
         prompt = Prompt(request.message, request.emotion, history, at_risk)
@@ -2056,8 +2091,10 @@ async def open_socket(request: web.Request, session_id: str) -> web.StreamRespon
         raise HttpRefusal("too_many_sockets")
     if request.transport is None:
         raise ConnectionResetError("the client left during the handshake")
+    sessions.counsellor.prepare()
     socket = Socket(request.transport)
     await socket.ws.prepare(request)
+    socket.ws.headers.clear()  # sent; they would take 1.4 KiB for as long as the socket is open
     session = sessions.get(session_id)
     session.to_be_created |= to_be_created
     said_goodbye = False

@@ -144,6 +144,8 @@ class ScriptedCounsellor:
 
     async def __aexit__(self, *_: object) -> None: ...
 
+    def prepare(self) -> None: ...
+
     async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
         self.prompts.append(prompt)
         talk = self.talks.popleft() if self.talks else Talk().say("들은 말: ", prompt.message).end()
@@ -431,6 +433,8 @@ class GeminiStandIn:
         self.default: Answer = stream(event("네, "), event("듣고 있어요."), event("", "STOP"))
         self.requests: list[dict[str, Any]] = []
         self.peers: list[Any] = []
+        self.warmed: list[Any] = []  # peers that asked for the model's description
+        self.description = status(200, '{"name": "models/stand-in"}')
         self.ended = 0
         self._port = 0
         self._runner: web.AppRunner | None = None
@@ -451,10 +455,16 @@ class GeminiStandIn:
         finally:
             self.ended += 1
 
+    async def _describe(self, request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        self.warmed.append(request.transport.get_extra_info("peername"))
+        return await self.description(request)
+
     async def open(self) -> None:
         """Listen, on the port of the last time where there was one."""
         app = web.Application()
         app.router.add_post("/{path:.*}", self._handle)
+        app.router.add_get("/{path:.*}", self._describe)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self._port).start()

@@ -6,14 +6,16 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from email.utils import formatdate
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from google import genai
 from google.genai import types
-from support import Answer, GeminiStandIn, event, make_settings, status, stream, until
+from support import Answer, GeminiStandIn, event, make_settings, serve, status, stream, until
 
+import bemore_voice
 from bemore_voice import (
     BLOCKED_REPLY,
     Emotion,
@@ -369,9 +371,58 @@ async def test_a_stream_that_drips_for_ever_fails(gemini: GeminiStandIn) -> None
 
 
 async def test_one_connection_is_kept_for_the_next_reply(gemini: GeminiStandIn, model: Gemini) -> None:
+    await until(lambda: gemini.warmed)
     for _ in range(5):
         await read(model)
-    assert len(set(gemini.peers)) == 1
+    assert set(gemini.peers) == set(gemini.warmed)
+    assert len(gemini.warmed) == 1
+
+
+async def test_a_connection_is_warm_before_the_first_word_and_again_when_somebody_comes(
+    gemini: GeminiStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(gemini, DATABASE_URL=f"sqlite:///{tmp_path}/a.db")
+    async with serve(settings, Gemini(settings)) as server:
+        await until(lambda: gemini.warmed)
+        async with server.connect() as client:
+            await client.ask()
+            await client.reply()
+        assert gemini.peers == gemini.warmed
+    monkeypatch.setattr(bemore_voice, "GEMINI_KEEPALIVE_SECONDS", 0.01)  # silence has closed it
+    async with serve(settings, Gemini(settings)) as server:
+        await until(lambda: len(gemini.warmed) == 2)
+        await asyncio.sleep(0.02)
+        async with server.connect():
+            await until(lambda: len(gemini.warmed) == 3)
+    assert len(gemini.requests) == 1
+
+
+@pytest.mark.parametrize("number", [400, 401, 403, 404])
+async def test_a_wrong_key_or_name_is_told_before_anyone_speaks(
+    gemini: GeminiStandIn, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    gemini.description = status(number, "hush")
+    async with Gemini(settings_for(gemini)):
+        await until(lambda: caplog.records)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"Gemini: status {number} for the model's description: check GEMINI_")
+    assert "hush" not in line
+
+
+async def test_a_model_that_is_away_at_the_start_holds_nothing_up(gemini: GeminiStandIn) -> None:
+    gemini.description = status(503)
+    await gemini.close()
+    async with Gemini(settings_for(gemini)) as model:
+        await gemini.open()
+        assert "".join(await read(model)) == "네, 듣고 있어요."
+
+    async def silent(_: web.Request) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    gemini.description = silent
+    async with Gemini(settings_for(gemini)) as model:
+        assert "".join(await read(model)) == "네, 듣고 있어요."
 
 
 async def test_a_tail_that_never_ends_does_not_hold_the_reply_up(gemini: GeminiStandIn, model: Gemini) -> None:
