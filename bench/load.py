@@ -1,0 +1,148 @@
+"""People who talk: WebSocket clients in a process of their own, as cheap as they can be.
+
+    python bench/load.py PORT[,PORT...] LOAD
+
+LOAD is JSON, such as {"sessions": 50, "replies": 1, "chunks": 20, "first_ms": 300, "gap_ms": 50, "spread_s": 2}.
+Each opens a socket, then asks and waits for the whole reply, as often as it is told. The frames are kept as they come,
+and checked at the end, character for character. Prints one line of JSON: for every reply the milliseconds to its first
+chunk and to its end, less the model's own, the largest gap between two chunks, and how many frames held its chunks.
+"""
+
+import asyncio
+import base64
+import itertools
+import json
+import os
+import sys
+import time
+
+from standin import chunk_text, reply_text
+
+ASK = json.dumps({"type": "request_ai_response", "data": {"message": "요즘 잠이 잘 안 와요", "emotion": "anxious"}})
+
+
+def masked(opcode: int, payload: bytes) -> bytes:
+    """A frame as a client must send it; a mask of zeros leaves the payload as it is."""
+    length = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + len(payload).to_bytes(2)
+    return bytes([0x80 | opcode]) + length + bytes(4) + payload
+
+
+class Person(asyncio.Protocol):
+    def __init__(self, path: str, port: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.path, self.port = path, port
+        self.buffer = b""
+        self.opened = self.loop.create_future()
+        self.ended: asyncio.Future[None] | None = None
+        self.frames: list[bytes] = []
+        self.times: list[float] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
+        key = base64.b64encode(os.urandom(16)).decode()
+        self.transport.write(
+            f"GET {self.path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+
+    def connection_lost(self, error: Exception | None) -> None:
+        for waiting in (self.opened, self.ended):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(ConnectionError(f"the server hung up ({error})"))
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        if not self.opened.done():
+            head, found, self.buffer = self.buffer.partition(b"\r\n\r\n")
+            if not found:
+                self.buffer = head
+                return
+            if not head.startswith(b"HTTP/1.1 101"):
+                self.opened.set_exception(ConnectionError(head.decode()))
+                return
+            self.opened.set_result(None)
+        now = time.perf_counter()  # uvloop's clock counts whole milliseconds
+        while len(self.buffer) >= 2:
+            length, start = self.buffer[1], 2
+            if length == 126:
+                length, start = int.from_bytes(self.buffer[2:4]), 4
+            if len(self.buffer) < start + length or (start == 4 and len(self.buffer) < 4):
+                return
+            opcode, payload = self.buffer[0] & 15, self.buffer[start : start + length]
+            self.buffer = self.buffer[start + length :]
+            if opcode == 1:
+                self.frames.append(payload)
+                self.times.append(now)
+                if b"ai_stream_complete" in payload or b"ai_stream_error" in payload:
+                    assert self.ended is not None
+                    self.ended.set_result(None)
+            elif opcode == 9:
+                self.transport.write(masked(10, payload))
+
+    async def ask(self, load: dict[str, float]) -> dict[str, object]:
+        """Ask once; return the times of the reply, with its frames still to be checked."""
+        self.frames, self.times, self.ended = [], [], self.loop.create_future()
+        asked = time.perf_counter()
+        self.transport.write(masked(1, ASK.encode()))
+        await self.ended
+        return {"asked": asked, "frames": self.frames, "times": self.times}
+
+
+def checked(reply: dict[str, object], load: dict[str, float]) -> dict[str, float]:
+    """Check a reply character for character, and tell what the server added to the model's time."""
+    frames = [json.loads(frame) for frame in reply["frames"]]  # type: ignore[attr-defined]
+    kinds = [frame["type"] for frame in frames]
+    assert kinds[0] == "ai_stream_begin", frames[0]
+    assert kinds[-1] == "ai_stream_complete", frames[-1]
+    chunks = [frame["data"]["chunk"] for frame in frames[1:-1]]
+    assert "".join(chunks) == reply_text(int(load["chunks"]))
+    times, asked = reply["times"], reply["asked"]
+    own_ms = load["first_ms"] + load["gap_ms"] * (load["chunks"] - 1)
+    return {
+        "first": (times[1] - asked) * 1000 - load["first_ms"],  # type: ignore[index, operator]
+        "total": (times[-1] - asked) * 1000 - own_ms,  # type: ignore[index, operator]
+        "gap": max((b - a) * 1000 for a, b in itertools.pairwise(times[1:-1])) if len(chunks) > 1 else 0.0,  # type: ignore[index]
+        "frames": len(chunks),
+    }
+
+
+async def talk(person: Person, load: dict[str, float], wait: float) -> list[dict[str, object]]:
+    await asyncio.sleep(wait)
+    return [await person.ask(load) for _ in range(int(load["replies"]))]
+
+
+async def connect(session: str, port: int) -> Person:
+    _, person = await asyncio.get_running_loop().create_connection(
+        lambda: Person(f"/ws/session/{session}", port), "127.0.0.1", port
+    )
+    await person.opened
+    return person
+
+
+async def main(ports: list[int], load: dict[str, float]) -> None:
+    """Open all sockets, over all ports in turn; then say so, wait for a line on stdin, and talk."""
+    loop, people = asyncio.get_running_loop(), []
+    for number in range(int(load["sessions"])):
+        person = await connect(f"bench-{load.get('name', '')}-{number}", ports[number % len(ports)])
+        people.append(person)
+    print("open", flush=True)
+    await loop.run_in_executor(None, sys.stdin.readline)
+    if load["replies"]:
+        # One wave: whoever talks was spread over the whole of it, not all at one moment.
+        step = load.get("spread_s", 0) / len(people)
+        began = time.perf_counter()
+        async with asyncio.TaskGroup() as tasks:
+            talks = [tasks.create_task(talk(person, load, step * at)) for at, person in enumerate(people)]
+        seconds = time.perf_counter() - began
+        replies = [checked(reply, load) for talk in talks for reply in talk.result()]
+        print(json.dumps({"seconds": seconds, "replies": replies}), flush=True)
+        await loop.run_in_executor(None, sys.stdin.readline)
+    for person in people:
+        person.transport.abort()
+
+
+if __name__ == "__main__":
+    import uvloop
+
+    assert chunk_text(0)
+    uvloop.run(main([int(port) for port in sys.argv[1].split(",")], json.loads(sys.argv[2])))

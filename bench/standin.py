@@ -1,0 +1,112 @@
+"""A stand-in for Gemini that costs next to nothing: every event of a reply is encoded before the first request.
+
+    python bench/standin.py PORT
+
+The first part of a request's path says how the reply comes: /chunks-first_ms-gap_ms/... The text of chunk n is
+chunk_text(n), so that whoever reads a reply can check it character for character. The last event comes with the last
+chunk, as Gemini sends it.
+"""
+
+import asyncio
+import json
+import re
+import sys
+from functools import cache
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+END = b"0\r\n\r\n"
+
+
+def chunk_text(number: int) -> str:
+    return f"{number}번째 조각입니다. "
+
+
+def reply_text(chunks: int) -> str:
+    return "".join(map(chunk_text, range(chunks)))
+
+
+@cache
+def events(chunks: int) -> list[bytes]:
+    """The events of a reply, as large as Gemini's own and framed for HTTP."""
+    framed = []
+    for number in range(chunks):
+        candidate: dict[str, object] = {
+            "content": {"parts": [{"text": chunk_text(number)}], "role": "model"},
+            "index": 0,
+        }
+        if number == chunks - 1:
+            candidate["finishReason"] = "STOP"
+        event = {
+            "candidates": [candidate],
+            "usageMetadata": {
+                "promptTokenCount": 420,
+                "candidatesTokenCount": 2 * number,
+                "totalTokenCount": 420 + 2 * number,
+                "promptTokensDetails": [{"modality": "TEXT", "tokenCount": 420}],
+            },
+            "modelVersion": "gemini-3.5-flash-lite",
+            "responseId": "wQ4mabCdEfGhIjKlMnOpQr",
+        }
+        line = b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\r\n\r\n"
+        framed.append(b"%x\r\n%b\r\n" % (len(line), line))
+    return framed
+
+
+class Gemini(asyncio.Protocol):
+    """One kept-alive connection; a request's body is passed over by its Content-Length."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.buffer = b""
+        self.timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        head, found, body = self.buffer.partition(b"\r\n\r\n")
+        if not found:
+            return
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        if length is None or len(body) < int(length[1]):
+            return
+        self.buffer = b""
+        path = re.match(rb"POST /(\d+)-(\d+)-(\d+)/", head)
+        if path is None:  # a connection that is warmed up
+            self.transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            return
+        chunks, first_ms, gap_ms = map(int, path.groups())
+        self.events, self.gap, self.next = events(chunks), gap_ms / 1000, 0
+        self.due = self.loop.time() + first_ms / 1000
+        self.timer = self.loop.call_at(self.due, self.say)
+
+    def say(self) -> None:
+        """Write the chunks that are due, each on its own; without a gap one in each turn of the loop."""
+        now = self.loop.time()
+        while self.next < len(self.events) and self.due <= now:
+            event = self.events[self.next]
+            head, tail = HEAD if self.next == 0 else b"", END if self.next == len(self.events) - 1 else b""
+            self.transport.write(head + event + tail)
+            self.next += 1
+            self.due += self.gap
+            if not self.gap:
+                break
+        self.timer = self.loop.call_at(self.due, self.say) if self.next < len(self.events) else None
+
+
+async def serve(port: int) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Gemini(loop), "127.0.0.1", port, backlog=4096)
+    print("ready", flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    import uvloop
+
+    uvloop.run(serve(int(sys.argv[1])))
