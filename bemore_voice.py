@@ -1051,8 +1051,11 @@ class Gemini:
             async with asyncio.timeout_at(min(loop.time() + settings.first_chunk_timeout_seconds, latest)) as limit:
                 async with contextlib.aclosing(self._attempts(body, limit)) as texts:
                     async for text in texts:
+                        until = min(loop.time() + settings.chunk_timeout_seconds, latest)
+                        # To a hundredth of the limit: a timer for every chunk would be a twelfth of its cost.
+                        if not spoke or until - (limit.when() or 0) > settings.chunk_timeout_seconds / 100:
+                            limit.reschedule(until)
                         spoke = True
-                        limit.reschedule(min(loop.time() + settings.chunk_timeout_seconds, latest))
                         yield text
         except TimeoutError:
             name = "CHUNK_TIMEOUT_SECONDS" if spoke else "FIRST_CHUNK_TIMEOUT_SECONDS"
