@@ -514,23 +514,29 @@ async def test_a_connection_that_breaks_in_the_middle_of_a_reply_costs_nothing(
         await visit.end_utterance()
 
 
+async def lose_a_request(visit: Visit, counsellor: ScriptedCounsellor) -> None:
+    """Break the connection while the model is silent, and let the process forget the request; then connect again."""
+    talk = counsellor.expect()
+    await visit.write(CANARY)
+    await until(talk.asked.is_set)
+    session_id = await visit.session_id()
+    visit.break_connections()
+    sessions = visit.server.runner.app[SESSIONS]._sessions
+    sessions[session_id].interrupt()
+    await talk.closed.wait()
+    await until(lambda: sessions.pop(session_id, None))
+    await expect(visit["#connection"]).to_have_text("다시 연결하는 중")
+    await visit.run(1_500)
+    await expect(visit["#connection"]).to_have_text("연결됨")
+
+
 async def test_a_reply_that_went_on_elsewhere_is_read_from_what_is_stored(
     still: Visit, counsellor: ScriptedCounsellor
 ) -> None:
     """The process that took the request is gone; another, on the same database, has stored its turn."""
-    talk = counsellor.expect()
-    await still.write(CANARY)
-    await until(talk.asked.is_set)
-    session_id = await still.session_id()
-    still.break_connections()
-    sessions = still.server.runner.app[SESSIONS]._sessions
-    sessions[session_id].interrupt()
-    await talk.closed.wait()
-    await until(lambda: sessions.pop(session_id, None))
-    await still.server.storage.add_turn(session_id, Request(CANARY, None, START * 1000), "저장된 대답이에요.", 0)
-    await expect(still["#connection"]).to_have_text("다시 연결하는 중")
-    await still.run(1_500)
-    await expect(still["#connection"]).to_have_text("연결됨")
+    await lose_a_request(still, counsellor)
+    request = Request(CANARY, None, START * 1000)
+    await still.server.storage.add_turn(await still.session_id(), request, "저장된 대답이에요.", 0)
     await expect(still["#reply"]).to_be_hidden()
     await still.run(20_000)
     await expect(still["#reply .spoken"]).to_have_text("저장된 대답이에요.")
@@ -539,18 +545,7 @@ async def test_a_reply_that_went_on_elsewhere_is_read_from_what_is_stored(
 
 
 async def test_a_request_that_was_lost_is_given_back(still: Visit, counsellor: ScriptedCounsellor) -> None:
-    talk = counsellor.expect()
-    await still.write(CANARY)
-    await until(talk.asked.is_set)
-    session_id = await still.session_id()
-    still.break_connections()
-    sessions = still.server.runner.app[SESSIONS]._sessions
-    sessions[session_id].interrupt()
-    await talk.closed.wait()
-    await until(lambda: sessions.pop(session_id, None))
-    await expect(still["#connection"]).to_have_text("다시 연결하는 중")
-    await still.run(1_500)
-    await expect(still["#connection"]).to_have_text("연결됨")
+    await lose_a_request(still, counsellor)
     await still.run(20_000)
     await expect(still["#problem .sentence"]).to_have_text("답을 받지 못했습니다. 한 번 더 보내 주세요.")
     await expect(still["#field"]).to_have_value(CANARY)
