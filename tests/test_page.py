@@ -371,7 +371,6 @@ async def test_a_long_sentence_is_parted_between_words(visit: Visit, counsellor:
     sentence = " ".join(words) + " " + "가" * 120 + "."
     counsellor.expect().say(sentence).end()
     await visit.write(CANARY)
-    await expect(visit["#generating"]).to_be_hidden()
     async with asyncio.timeout(PATIENCE):
         while " ".join(await visit.spoken()) != sentence:
             if await visit.page.evaluate("mouth.current !== null"):
@@ -386,6 +385,7 @@ async def test_without_a_korean_voice_the_reply_stays_to_be_read(still: Visit, c
     await still.page.evaluate("mouth.voices = [{ lang: 'en-US', name: 'test' }]")
     counsellor.expect().say("스무 글자가 되는 대답을 합니다.").end()
     await still.write(CANARY)
+    await expect(still["#reply .spoken"]).to_have_text("스무 글자가 되는 대답을 합니다.")
     await expect(still["#generating"]).to_be_hidden()
     assert await still.spoken() == []
     await still.run(3_000 + 17 * 90)
