@@ -2080,6 +2080,7 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
 
 
 async def open_socket(request: web.Request, session_id: str) -> web.StreamResponse:
+    """Upgrade, and read the socket to its end; refuse a ninth one, and all while the server stops."""
     settings, sessions = request.app[SETTINGS], request.app[SESSIONS]
     to_be_created = settings.auto_create_sessions
     if to_be_created:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -140,3 +141,17 @@ async def test_a_dotenv_that_is_no_text_is_said_in_one_line(tmp_path: Path) -> N
         assert await program.end() == 2
     assert program.log.startswith("bemore_voice: .env: ")
     assert len(program.log.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="reads /proc")
+async def test_as_many_files_may_be_open_as_the_connections_need(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))  # the child's, who inherits it
+    try:
+        async with started(tmp_path, MAX_CONNECTIONS=1000) as program:
+            limits = Path(f"/proc/{program.process.pid}/limits").read_text()  # noqa: ASYNC240 - not a disk
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    found = re.search(r"Max open files +(\d+)", limits)
+    assert found is not None
+    assert int(found[1]) == min(2100, hard)
