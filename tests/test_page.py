@@ -525,9 +525,9 @@ async def lose_a_request(visit: Visit, counsellor: ScriptedCounsellor) -> None:
     sessions[session_id].interrupt()
     await talk.closed.wait()
     await until(lambda: sessions.pop(session_id, None))
-    await expect(visit["#connection"]).to_have_text("다시 연결하는 중")
+    await expect(visit["#connection"]).to_have_attribute("data-state", "disconnected")
     await visit.run(1_500)
-    await expect(visit["#connection"]).to_have_text("연결됨")
+    await expect(visit["#connection"]).to_have_attribute("data-state", "connected")
 
 
 async def test_a_reply_that_went_on_elsewhere_is_read_from_what_is_stored(
@@ -544,11 +544,64 @@ async def test_a_reply_that_went_on_elsewhere_is_read_from_what_is_stored(
     await expect(still["#reply .spoken"]).to_have_text("들은 말: 이어서 하는 말이에요")
 
 
-async def test_a_request_that_was_lost_is_given_back(still: Visit, counsellor: ScriptedCounsellor) -> None:
+@pytest.mark.parametrize(
+    ("language", "sentence"),
+    [
+        ("ko", "답을 받지 못했습니다. 한 번 더 보내 주세요."),
+        ("en", "The reply was lost. Please send it once more."),
+    ],
+)
+async def test_a_request_that_was_lost_is_given_back(
+    still: Visit, counsellor: ScriptedCounsellor, language: str, sentence: str
+) -> None:
+    if language == "en":
+        await still["#language"].click()
     await lose_a_request(still, counsellor)
     await still.run(20_000)
-    await expect(still["#problem .sentence"]).to_have_text("답을 받지 못했습니다. 한 번 더 보내 주세요.")
+    await expect(still["#problem .sentence"]).to_have_text(sentence)
     await expect(still["#field"]).to_have_value(CANARY)
+    await still["#field"].press("Enter")
+    await expect(still["#reply .spoken"]).to_have_text(f"들은 말: {CANARY}")
+
+
+async def test_erasing_while_a_lost_request_is_waited_for_leaves_nothing_behind(
+    still: Visit, counsellor: ScriptedCounsellor
+) -> None:
+    await lose_a_request(still, counsellor)
+    erased = await still.session_id()
+    await still["#open-history"].click()
+    await still["#erase"].click()
+    await still["#erase-now"].click()
+    await expect(still["#history-note"]).to_have_text("대화를 모두 지웠습니다.")
+    await still.until(f"connection === 'connected' && session.id !== '{erased}'", True)
+    await still.run(20_000)  # no error in the console, which every test looks for
+    await expect(still["#problem"]).to_be_hidden()
+    await expect(still["#field"]).to_have_value("")
+
+
+async def test_erasing_while_the_server_is_away_is_refused_in_words(browser: Browser, tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as first:
+        server = await first.enter_async_context(serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()))
+        async with visiting(browser, server, network_errors=True) as visit:
+            await first.aclose()
+            await expect(visit["#connection"]).to_have_text("다시 연결하는 중")
+            await visit.page.evaluate("() => { session = null; }")  # as after a handshake that was refused
+            await visit["#open-history"].click()
+            await expect(visit["#history-note"]).to_have_text("서버에 연결할 수 없습니다")
+            await visit["#erase"].click()
+            await visit["#erase-now"].click()
+            await expect(visit["#history-note"]).to_have_text("서버에 연결할 수 없습니다")
+            await expect(visit["#confirm-erase"]).to_be_visible()
+
+
+async def test_two_tries_to_connect_at_once_open_one_socket(visit: Visit) -> None:
+    opened: list[Any] = []
+    visit.page.on("websocket", lambda socket: opened.append(socket))
+    await visit.page.evaluate("() => { disconnect(); connect(); connect(); }")
+    await visit.until("socket?.readyState", 1)
+    await visit.write(CANARY)
+    await expect(visit["#reply .spoken"]).to_have_text(f"들은 말: {CANARY}")
+    assert len(opened) == 1
 
 
 async def test_the_page_pings_every_15_seconds_and_gives_up_on_silence_after_45(
