@@ -102,7 +102,7 @@ DRAIN_SECONDS = 10  # for replies in progress on SIGTERM
 EMPTYING_SECONDS = 1  # between two tries to empty SQLite's log that another program reads
 STORE_SECONDS = 5  # a turn's insert is tried again for so long
 HANDSHAKE_SECONDS = 75  # for a request's header, and between two requests; longer than a proxy keeps its own end open
-BODY_SECONDS = 10
+BODY_SECONDS = 10  # for a request's body
 MAX_BODY_BYTES = 16 * 1024  # no route needs one; some clients send an empty object
 MIN_SECRET_BYTES = 32  # HS256's own length (RFC 7518, 3.2); a shorter secret can be guessed
 DEFAULT_PAGE_TURNS = 50
@@ -1516,7 +1516,7 @@ class Session:
     def erase(self) -> None:
         """Stop the reply in progress, keep nothing of it, and refuse whatever is asked from now on."""
         self.erased = True
-        self._replies.clear()
+        self._forget_replies()
         self.interrupt()
         self._rest()
 
@@ -1771,10 +1771,31 @@ class Sessions:
 
 # Routes
 
+
+class AddressLimit:
+    """Token buckets by address, in memory: full they allow a minute's worth at once; each replica has its own."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._refill_us = 60_000_000 // per_minute
+        self._bucket_us = self._refill_us * per_minute
+        self._full_at_us: dict[str, int] = {}  # the least recently used first
+
+    def take(self, address: str, now_us: int) -> int:
+        """Take a token and return 0, or return the seconds until there is one."""
+        for other in list(itertools.takewhile(lambda other: self._full_at_us[other] <= now_us, self._full_at_us)):
+            del self._full_at_us[other]
+        full_at_us = max(self._full_at_us.get(address, 0), now_us) + self._refill_us
+        if (early_us := full_at_us - now_us - self._bucket_us) > 0:
+            return -(-early_us // 1_000_000)
+        self._full_at_us.pop(address, None)
+        self._full_at_us[address] = full_at_us
+        return 0
+
+
 SETTINGS = web.AppKey("settings", Settings)
 STORAGE = web.AppKey("storage", Storage)
 SESSIONS = web.AppKey("sessions", Sessions)
-NEW_SESSIONS: web.AppKey[AddressLimit] = web.AppKey("new_sessions")
+NEW_SESSIONS = web.AppKey("new_sessions", AddressLimit)
 
 SPOKEN = (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG)  # by a peer that is there
 
@@ -1887,26 +1908,6 @@ def client_address(request: web.Request) -> str:
     return str(parsed)
 
 
-class AddressLimit:
-    """Token buckets by address, in memory: full they allow a minute's worth at once; each replica has its own."""
-
-    def __init__(self, per_minute: int) -> None:
-        self._refill_us = 60_000_000 // per_minute
-        self._bucket_us = self._refill_us * per_minute
-        self._full_at_us: dict[str, int] = {}  # the least recently used first
-
-    def take(self, address: str, now_us: int) -> int:
-        """Take a token and return 0, or return the seconds until there is one."""
-        for other in list(itertools.takewhile(lambda other: self._full_at_us[other] <= now_us, self._full_at_us)):
-            del self._full_at_us[other]
-        full_at_us = max(self._full_at_us.get(address, 0), now_us) + self._refill_us
-        if (early_us := full_at_us - now_us - self._bucket_us) > 0:
-            return -(-early_us // 1_000_000)
-        self._full_at_us.pop(address, None)
-        self._full_at_us[address] = full_at_us
-        return 0
-
-
 async def pass_over_body(request: web.Request) -> None:
     """Read what nobody asked for, so that the connection can be kept; refuse what is too long or too slow."""
     if not request.body_exists:
@@ -1941,13 +1942,6 @@ async def preflight(_: web.Request) -> web.Response:
     return web.Response(status=204, headers={**headers, "Access-Control-Max-Age": "600"})
 
 
-def check_session_id(request: web.Request) -> str:
-    session_id = request.match_info["session_id"]
-    if not (1 <= len(session_id) <= MAX_SESSION_ID_CHARACTERS and session_id.isprintable()):
-        raise HttpRefusal("invalid_session_id")
-    return session_id
-
-
 def issue_token(settings: Settings, session_id: str) -> str:
     import jwt  # here and not above: its import is a fifth of the start, and few set a secret
 
@@ -1972,6 +1966,16 @@ def check_token(request: web.Request, session_id: str, *, required: bool) -> Non
         raise HttpRefusal("invalid_token")
 
 
+def check_access(request: web.Request, *, token_required: bool = True) -> str:
+    """Return the id of the session that a request is about; refuse one without its token, where tokens are in use."""
+    session_id = request.match_info["session_id"]
+    if not (1 <= len(session_id) <= MAX_SESSION_ID_CHARACTERS and session_id.isprintable()):
+        raise HttpRefusal("invalid_session_id")
+    if request.app[SETTINGS].jwt_secret_key:
+        check_token(request, session_id, required=token_required)
+    return session_id
+
+
 async def create_session(request: web.Request) -> web.Response:
     """POST /api/sessions: make a session and tell where to talk to it."""
     settings, session_id = request.app[SETTINGS], secrets.token_urlsafe(24)
@@ -1985,14 +1989,6 @@ async def create_session(request: web.Request) -> web.Response:
     if settings.jwt_secret_key:
         body["token"] = issue_token(settings, session_id)
     return web.json_response(body, status=201)
-
-
-def check_access(request: web.Request) -> str:
-    """Return the id of the session that a request is about; refuse one without its token, where tokens are in use."""
-    session_id = check_session_id(request)
-    if request.app[SETTINGS].jwt_secret_key:
-        check_token(request, session_id, required=True)
-    return session_id
 
 
 async def read_conversations(request: web.Request) -> web.Response:
@@ -2065,9 +2061,7 @@ def content_security_policy(page: str) -> str:
 async def session_socket(request: web.Request) -> web.StreamResponse:
     """GET /ws/session/{session_id}: refuse before the upgrade, or open a socket and read it to its end."""
     settings, sessions = request.app[SETTINGS], request.app[SESSIONS]
-    session_id = check_session_id(request)
-    if settings.jwt_secret_key:
-        check_token(request, session_id, required=settings.require_session_token)
+    session_id = check_access(request, token_required=settings.require_session_token)
     if not web.WebSocketResponse().can_prepare(request):
         raise HttpRefusal("upgrade_required")
     if sessions.connections >= settings.max_connections:  # before a session is created for it
@@ -2235,7 +2229,7 @@ def allow_open_files(wanted: int) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def serve(settings: Settings) -> None:

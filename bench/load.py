@@ -16,7 +16,7 @@ import os
 import sys
 import time
 
-from standin import chunk_text, reply_text
+from standin import reply_text
 
 ASK = json.dumps({"type": "request_ai_response", "data": {"message": "요즘 잠이 잘 안 와요", "emotion": "anxious"}})
 
@@ -79,7 +79,7 @@ class Person(asyncio.Protocol):
             elif opcode == 9:
                 self.transport.write(masked(10, payload))
 
-    async def ask(self, load: dict[str, float]) -> dict[str, object]:
+    async def ask(self) -> dict[str, object]:
         """Ask once; return the times of the reply, with its frames still to be checked."""
         self.frames, self.times, self.ended = [], [], self.loop.create_future()
         asked = time.perf_counter()
@@ -108,7 +108,7 @@ def checked(reply: dict[str, object], load: dict[str, float]) -> dict[str, float
 
 async def talk(person: Person, load: dict[str, float], wait: float) -> list[dict[str, object]]:
     await asyncio.sleep(wait)
-    return [await person.ask(load) for _ in range(int(load["replies"]))]
+    return [await person.ask() for _ in range(int(load["replies"]))]
 
 
 async def connect(session: str, port: int) -> Person:
@@ -144,5 +144,4 @@ async def main(ports: list[int], load: dict[str, float]) -> None:
 if __name__ == "__main__":
     import uvloop
 
-    assert chunk_text(0)
     uvloop.run(main([int(port) for port in sys.argv[1].split(",")], json.loads(sys.argv[2])))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
+import jwt
 from aiohttp import web
 
 from bemore_voice import (
@@ -55,6 +57,14 @@ def make_settings(database_url: str = "sqlite:///:memory:", **values: object) ->
 
 def open_storage(settings: Settings) -> Storage:
     return SQLite(settings) if settings.sqlite else Postgres(settings)
+
+
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+def token_for(session_id: object, secret: str | None = SECRET, algorithm: str = "HS256", **claims: object) -> str:
+    """A token as the server issues it, but for what a test makes wrong with it."""
+    return jwt.encode({"sub": session_id, "exp": int(time.time()) + 60, **claims}, secret, algorithm=algorithm)
 
 
 class FaultyStorage(Storage):

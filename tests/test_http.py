@@ -15,19 +15,19 @@ import jwt
 import pytest
 from support import (
     PATIENCE,
+    SECRET,
     FaultyStorage,
     ScriptedCounsellor,
     Server,
     make_settings,
     open_storage,
     serve,
+    token_for,
     until,
 )
 from yarl import URL
 
 from bemore_voice import HTTP_ERRORS, SESSIONS, AddressLimit, Demo, __version__
-
-SECRET = "0123456789abcdef0123456789abcdef"
 
 
 async def refused(server: Server, path: str, **options: Any) -> tuple[int, str]:
@@ -422,10 +422,6 @@ async def test_a_preflight_is_answered(guarded: Server) -> None:
 # Tokens
 
 
-def token_for(session_id: str, secret: str = SECRET, algorithm: str = "HS256", **claims: object) -> str:
-    return jwt.encode({"sub": session_id, "exp": int(time.time()) + 60, **claims}, secret, algorithm=algorithm)
-
-
 @pytest.mark.parametrize("required", [0, 1])
 async def test_a_token_opens_its_session_only(tmp_path: Path, required: int) -> None:
     settings = make_settings(f"sqlite:///{tmp_path}/a.db", JWT_SECRET_KEY=SECRET, REQUIRE_SESSION_TOKEN=required)
@@ -449,7 +445,7 @@ async def test_a_token_opens_its_session_only(tmp_path: Path, required: int) -> 
             token_for("s", exp=None),
             jwt.encode({"sub": "s"}, SECRET, algorithm="HS256"),
             jwt.encode({"exp": int(time.time()) + 60}, SECRET, algorithm="HS256"),
-            jwt.encode({"sub": "s", "exp": int(time.time()) + 60}, None, algorithm="none"),
+            token_for("s", secret=None, algorithm="none"),
         ]
         for token in bad:
             assert await refused(server, "/ws/session/s", params={"token": token}) == (401, "invalid_token")

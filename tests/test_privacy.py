@@ -7,16 +7,15 @@ import re
 import socket
 import sqlite3
 import stat
-import time
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import asyncpg
-import jwt
 import pytest
 from support import (
     CANARY,
+    SECRET,
     FaultyStorage,
     GeminiStandIn,
     ScriptedCounsellor,
@@ -29,6 +28,7 @@ from support import (
     start,
     started,
     text_of,
+    token_for,
     until,
 )
 from yarl import URL
@@ -36,7 +36,6 @@ from yarl import URL
 import bemore_voice
 from bemore_voice import ADD_TURN, BASE_PROMPT, CARE, DELETE_SESSION, GUIDANCE, Demo, Emotion, Gemini, Signal
 
-SECRET = "0123456789abcdef0123456789abcdef"
 PLEA = "이제 정말 죽고 싶어요"
 
 
@@ -165,16 +164,13 @@ async def test_any_session_that_can_be_talked_to_can_be_read_and_erased(server: 
         assert response.status == 204
 
 
-@pytest.mark.parametrize("session_id", ["a" * 256, "\0", "a\nb", "a\x7fb", "\u202e", "\ud800"])
+@pytest.mark.parametrize("session_id", ["a" * 256, "\0", "a\nb", "a\x7fb", "\u202e"])
 async def test_any_other_session_id_is_refused_before_the_database(server: Server, session_id: str) -> None:
-    path = "".join(f"%{byte:02X}" for byte in session_id.encode(errors="surrogatepass"))
+    path = "".join(f"%{byte:02X}" for byte in session_id.encode())
     for method, end in (("GET", "/conversations"), ("DELETE", "")):
         url = URL(f"{server.url}/api/sessions/{path}{end}", encoded=True)
         async with server.http.request(method, url) as response:
-            assert (response.status, (await response.json())["code"]) in [
-                (400, "invalid_session_id"),
-                (404, "unknown_session"),  # a lone half of a pair arrives as its escapes, which are printable
-            ]
+            assert (response.status, (await response.json())["code"]) == (400, "invalid_session_id")
 
 
 # Erasing
@@ -249,9 +245,7 @@ async def test_a_new_sqlite_file_is_for_its_owner_alone(tmp_path: Path) -> None:
             assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-async def test_a_reply_in_progress_stops_and_is_not_written(
-    server: Server, counsellor: ScriptedCounsellor, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_reply_in_progress_stops_and_is_not_written(server: Server, counsellor: ScriptedCounsellor) -> None:
     talk = counsellor.expect().say("이미 나온 말은 ")
     async with server.connect() as client:
         await client.ask(CANARY)
@@ -385,17 +379,13 @@ async def test_sessions_that_another_service_owns_are_not_erased_here(postgres_u
 # Tokens
 
 
-def token(session_id: object = "가", secret: str | None = SECRET, algorithm: str = "HS256", **claims: object) -> str:
-    return jwt.encode({"sub": session_id, "exp": int(time.time()) + 60, **claims}, secret, algorithm=algorithm)
-
-
 BAD_TOKENS = {
-    "expired": token(exp=1),
-    "of another session": token("나"),
-    "signed with another secret": token(secret="f" * 32),
-    "alg none": token(secret=None, algorithm="none"),
-    "another algorithm": token(secret=SECRET * 2, algorithm="HS512"),
-    "without a session": token(None),
+    "expired": token_for("가", exp=1),
+    "of another session": token_for("나"),
+    "signed with another secret": token_for("가", secret="f" * 32),
+    "alg none": token_for("가", secret=None, algorithm="none"),
+    "another algorithm": token_for("가", secret=SECRET * 2, algorithm="HS512"),
+    "without a session": token_for(None),
     "no token": "x",
     "empty": "",
 }
@@ -423,7 +413,7 @@ async def test_reading_and_erasing_without_the_sessions_token_give_one_answer(
 async def test_a_token_in_the_wrong_place_is_none(tmp_path: Path) -> None:
     async with serve(make_settings(f"sqlite:///{tmp_path}/a.db", JWT_SECRET_KEY=SECRET), Demo()) as server:
         await server.storage.create_session("가")
-        good = token()
+        good = token_for("가")
         wrong: list[dict[str, Any]] = [
             {"cookies": {"token": good}},
             {"json": {"token": good}},
