@@ -11,20 +11,14 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from axe_playwright_python.async_playwright import Axe
+from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright, expect
-from support import (
-    CANARY,
-    PATIENCE,
-    ScriptedCounsellor,
-    Server,
-    hear,
-    make_settings,
-    serve,
-    until,
-)
+from support import CANARY, ScriptedCounsellor, Server, hear, make_settings, serve
+from tools import PATIENCE, until
 
-from bemore_voice import SESSIONS, Demo, Gemini, Request
+from bemore.demo import Demo
+from bemore.storage import NewTurn
+from bemore_voice import make_counsellor
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "demo.html"
@@ -109,6 +103,9 @@ class Visit:
             while await self.page.evaluate(expression) != value:  # noqa: ASYNC110 - no event tells
                 await asyncio.sleep(0.01)
 
+    async def count(self, sent: list[str], number: int) -> None:
+        await until(lambda: len(sent) == number)
+
     async def until_spoken(self, *sentences: str) -> None:
         await self.until("mouth.spoken", list(sentences))
 
@@ -120,9 +117,9 @@ class Visit:
 
     def break_connections(self) -> None:
         """Break every WebSocket of the server without a close frame."""
-        for session in self.server.sessions.values():
+        for session in self.server.sessions:
             for socket in session.sockets:
-                socket._transport.abort()
+                socket.cut()
 
 
 @contextlib.asynccontextmanager
@@ -271,7 +268,7 @@ async def test_what_is_said_while_the_server_is_away_is_sent_when_it_is_back(bro
                     await visit.run(1_000)
             await expect(visit["#reply .spoken"]).to_have_text(f"들은 말: {CANARY}")
             await expect(visit["#connection"]).to_have_text("연결됨")
-            await until(lambda: not any(session.worker for session in again.sessions.values()))
+            await until(lambda: not any(session.worker for session in again.sessions))
             assert [row[0] for row in await again.rows(await visit.session_id())] == [CANARY]
 
 
@@ -519,12 +516,12 @@ async def lose_a_request(visit: Visit, counsellor: ScriptedCounsellor) -> None:
     talk = counsellor.expect()
     await visit.write(CANARY)
     await until(talk.asked.is_set)
-    session_id = await visit.session_id()
+    session = visit.server.session(await visit.session_id())
     visit.break_connections()
-    sessions = visit.server.runner.app[SESSIONS]._sessions
-    sessions[session_id].interrupt()
+    session.interrupt()
     await talk.closed.wait()
-    await until(lambda: sessions.pop(session_id, None))
+    await until(lambda: not session.sockets and session.worker is None)
+    visit.server.sessions.forget(session)
     await expect(visit["#connection"]).to_have_attribute("data-state", "disconnected")
     await visit.run(1_500)
     await expect(visit["#connection"]).to_have_attribute("data-state", "connected")
@@ -535,8 +532,8 @@ async def test_a_reply_that_went_on_elsewhere_is_read_from_what_is_stored(
 ) -> None:
     """The process that took the request is gone; another, on the same database, has stored its turn."""
     await lose_a_request(still, counsellor)
-    request = Request(CANARY, None, START * 1000)
-    await still.server.storage.add_turn(await still.session_id(), request, "저장된 대답이에요.", 0)
+    turn = NewTurn(CANARY, "저장된 대답이에요.", None, START * 1000)
+    await still.server.storage.add_turn(await still.session_id(), turn, 0)
     await expect(still["#reply"]).to_be_hidden()
     await still.run(20_000)
     await expect(still["#reply .spoken"]).to_have_text("저장된 대답이에요.")
@@ -573,6 +570,7 @@ async def test_erasing_while_a_lost_request_is_waited_for_leaves_nothing_behind(
     await still["#erase"].click()
     await still["#erase-now"].click()
     await expect(still["#history-note"]).to_have_text("대화를 모두 지웠습니다.")
+    assert await still.page.evaluate("connection !== 'connected' || session !== null")
     await still.until(f"connection === 'connected' && session.id !== '{erased}'", True)
     await still.run(20_000)  # no error in the console, which every test looks for
     await expect(still["#problem"]).to_be_hidden()
@@ -620,7 +618,7 @@ async def test_the_page_pings_every_15_seconds_and_gives_up_on_silence_after_45(
         await expect(visit["#connection"]).to_have_text("연결됨")
         for pings in (1, 2, 3, 4, 5):
             await visit.run(15_000)
-            await until(lambda pings=pings: len(sent) == pings)
+            await visit.count(sent, pings)
         assert all('"ping"' in frame for frame in sent)
         assert len(opened) == 1  # pongs came
         await visit.page.evaluate("WebSocket.prototype.send = () => {}")  # nothing arrives, so nothing is answered
@@ -680,7 +678,7 @@ async def test_a_reply_goes_on_over_a_reload(visit: Visit, counsellor: ScriptedC
 async def test_earlier_turns_are_a_page_away(visit: Visit) -> None:
     session_id = await visit.session_id()
     for number in range(1, 54):
-        await visit.server.storage.add_turn(session_id, Request(f"{number}번째 말", None, number), "답", number - 1)
+        await visit.server.storage.add_turn(session_id, NewTurn(f"{number}번째 말", "답", None, number), number - 1)
     await visit["#open-history"].click()
     await expect(visit["dialog .mine"]).to_have_count(50)
     await visit["#older"].click()
@@ -808,7 +806,7 @@ async def test_the_page_says_that_it_is_an_ai_and_who_answers(browser: Browser, 
             "사람이 아니라 인공지능이 답합니다. 체험 모드: 미리 준비한 문장으로 답합니다."
         )
     settings = make_settings(url, GEMINI_API_KEY="k", DEMO_MODE=0)
-    async with serve(settings, Gemini(settings)) as server, visiting(browser, server) as visit:
+    async with serve(settings, make_counsellor(settings)) as server, visiting(browser, server) as visit:
         await expect(visit["#honesty"]).to_have_text("사람이 아니라 인공지능이 답합니다.")
         await expect(visit["#privacy"]).to_contain_text("Google Gemini로 전달됩니다")
 
@@ -833,7 +831,7 @@ async def test_109_and_119_are_always_in_sight_and_call(
         await check("header")
         await expect(visit["#field"]).to_be_in_viewport(ratio=1)
         await visit["#stop"].click()
-        await until(lambda: not any(session.worker for session in server.sessions.values()))
+        await until(lambda: not any(session.worker for session in server.sessions))
         await visit["#open-history"].click()
         await expect(visit["dialog .mine"]).to_have_count(1)
         await check("dialog")
@@ -932,7 +930,11 @@ async def test_the_page_speaks_english_too(visit: Visit, counsellor: ScriptedCou
 async def test_axe_finds_no_violation_in_any_state(
     browser: Browser, server: Server, counsellor: ScriptedCounsellor, scheme: str, language: str, width: int
 ) -> None:
-    options = {"color_scheme": scheme, "viewport": {"width": width, "height": 700}, "reduced_motion": "reduce"}
+    options: dict[str, Any] = {
+        "color_scheme": scheme,
+        "viewport": {"width": width, "height": 700},
+        "reduced_motion": "reduce",
+    }
     async with visiting(browser, server, **options) as visit:
 
         async def check(state: str) -> None:
@@ -954,7 +956,7 @@ async def test_axe_finds_no_violation_in_any_state(
         await expect(visit["#problem"]).to_be_visible()
         await check("a problem")
         await talk.closed.wait()
-        await until(lambda: not any(session.worker for session in server.sessions.values()))
+        await until(lambda: not any(session.worker for session in server.sessions))
         await visit["#open-history"].click()
         await expect(visit["dialog .mine"]).not_to_have_count(0)
         await visit["#erase"].click()
