@@ -1,40 +1,84 @@
-"""README, .env.example, the module's docstring and the code say the same."""
+"""README, docs/, .env.example and the code say the same."""
 
 import ast
 import asyncio
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import WSCloseCode
 from dotenv import dotenv_values
-from support import make_settings, serve
+from pytest_aiohttp.plugin import AiohttpServer
+from support import ScriptedCounsellor, make_settings, serve
 
-import bemore_voice
-from bemore_voice import HTTP_ERRORS, SENTENCES, Demo, Emotion, Settings, create_app, read_settings
+from bemore.counsellor import Emotion
+from bemore.demo import Demo
+from bemore.settings import Settings, read_settings
+from bemore_voice import (
+    BEGIN,
+    COMPLETE,
+    HTTP_ERRORS,
+    INTERRUPTED,
+    MAX_FRAME_BYTES,
+    MAX_WAITING_FRAMES,
+    SENTENCES,
+    Failure,
+    chunk,
+    create_app,
+    make_counsellor,
+    make_storage,
+    pong,
+)
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md"])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCSTRING = bemore_voice.__doc__ or ""
+PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+MOST_LINES = 140  # of README: for somebody who has a minute
 
 
-class Recorder(dict[str, str]):
-    """A mapping that remembers which names it was asked for."""
+class Recorder(Mapping[str, str]):
+    """An empty mapping that remembers which names it was asked for."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.names: set[str] = set()
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def __getitem__(self, name: str) -> str:
         self.names.add(name)
-        return default
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
-def rows(heading: str) -> list[list[str]]:
-    """The cells of the tables below a heading of README."""
-    section = README.split(f"\n## {heading}")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|") and "---" not in line]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+def rows(document: str, heading: str) -> list[list[str]]:
+    """The cells of the tables below a heading, without the rows that name their columns."""
+    section = document.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    tables = re.findall(r"^\|.*\n\|[-:| ]+\|\n((?:\|.*\n?)+)", section, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for table in tables for line in table.splitlines()]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall("`([^`]+)`", cell)
+
+
+def prose(document: Path) -> str:
+    """A document's text without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(document: Path) -> set[str]:
+    """What GitHub calls a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# Settings
 
 
 def test_settings_agree() -> None:
@@ -42,7 +86,6 @@ def test_settings_agree() -> None:
     read_settings(recorder)
     assert recorder.names == {name.upper() for name in Settings.__dataclass_fields__}
     assert recorder.names == set(dotenv_values(ROOT / ".env.example"))
-    assert recorder.names == {name for cells in rows("Settings") for name in re.findall(r"`([A-Z_]+)`", cells[0])}
 
 
 def test_the_example_holds_the_defaults() -> None:
@@ -50,37 +93,124 @@ def test_the_example_holds_the_defaults() -> None:
     assert read_settings(example) == read_settings({})
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_every_setting_that_is_named_exists(document: Path) -> None:
+    named = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", document.read_text(encoding="utf-8")))
+    assert named <= {name.upper() for name in Settings.__dataclass_fields__}
+
+
+# The socket
+
+
 def test_errors_agree() -> None:
-    table = {cells[0].strip("`"): cells[1] for cells in rows("The socket") if cells[0].strip("`") in SENTENCES}
-    assert table == {str(code): sentence for code, sentence in SENTENCES.items()}
-    assert all(code in DOCSTRING for code in SENTENCES)
-    assert {(cells[0], cells[1].strip("`")) for cells in rows("HTTP") if cells[0].isdecimal()} == {
-        (str(status), code) for code, (status, _) in HTTP_ERRORS.items()
-    }
+    assert {(names(code)[0], sentence) for code, sentence, _ in rows(PROTOCOL, "Errors")} == set(SENTENCES.items())
 
 
-def test_messages_agree() -> None:
-    source = (ROOT / "bemore_voice.py").read_text(encoding="utf-8").replace(DOCSTRING, "")
-    sent = {"ai_stream_begin", "ai_stream_chunk", "ai_stream_complete", "ai_stream_error", "pong"}
-    taken = {"request_ai_response", "cancel_ai_response", "ping", "status_update"}
-    for kind in sent | taken:
-        assert f'"{kind}"' in source
-        assert kind in DOCSTRING
-        assert f"| `{kind}` |" in README
-    assert all(f"`{emotion}`" in README for emotion in Emotion)
+def test_frames_of_the_server_agree() -> None:
+    frames = [BEGIN, chunk("가"), COMPLETE, INTERRUPTED, pong(0), *(Failure(code).frame() for code in SENTENCES)]
+    table = {names(kind)[0]: (data, beside) for kind, data, beside in rows(PROTOCOL, "Frames from the server")}
+    assert set(table) == {frame.type for frame in frames}
+    for frame in frames:
+        data, beside = table[frame.type]
+        assert all(f'"{name}"' in data for name in frame.data)
+        assert all(name in beside for name in frame.beside)
+
+
+def test_emotions_agree() -> None:
+    fields = {names(field)[0]: text for field, text in rows(PROTOCOL, "A request")}
+    assert names(fields["emotion"]) == [*Emotion]
+
+
+def test_readme_names_the_frames_of_the_protocol() -> None:
+    protocol = [cells[0] for side in ("client", "server") for cells in rows(PROTOCOL, f"Frames from the {side}")]
+    assert [kind for kind, _ in rows(README, "Frames")] == protocol
+
+
+async def test_the_server_takes_the_frames_of_the_client(caplog: pytest.LogCaptureFixture) -> None:
+    kinds = [names(cells[0])[0] for cells in rows(PROTOCOL, "Frames from the client")]
+    assert len(kinds) == 4
+    ignored = []
+    async with serve(make_settings(), Demo()) as server:
+        for kind in [*kinds, "ai_stream_begin"]:
+            caplog.clear()
+            async with server.connect() as client:  # closing it waits until the server has read all
+                await client.send(kind)
+            if "unknown type" in caplog.text:
+                ignored.append(kind)
+    assert ignored == ["ai_stream_begin"]
+
+
+async def close_when_it_stops() -> int | None:
+    async with serve(make_settings(), Demo()) as server, server.connect() as client:
+        _, code = await asyncio.gather(server.runner.cleanup(), client.closed())
+        return code
+
+
+async def close_when_too_many_wait() -> int | None:
+    counsellor = ScriptedCounsellor()
+    talk = counsellor.expect()
+    async with serve(make_settings(), counsellor) as server, server.connect() as client:
+        for _ in range(1 + MAX_WAITING_FRAMES + 1):
+            await client.ask()
+        code = await client.closed()
+        talk.end()
+        return code
+
+
+async def close_when_a_frame_is_too_large() -> int | None:
+    async with serve(make_settings(), Demo()) as server, server.connect() as client:
+        await client.ws.send_str(" " * (MAX_FRAME_BYTES + 1))
+        return await client.closed()
+
+
+async def test_close_codes_agree() -> None:
+    closed = [await close_when_it_stops(), await close_when_too_many_wait(), await close_when_a_frame_is_too_large()]
+    assert closed == [WSCloseCode.GOING_AWAY, WSCloseCode.POLICY_VIOLATION, WSCloseCode.MESSAGE_TOO_BIG]
+    assert closed == [int(code) for code, _ in rows(PROTOCOL, "Close codes")]
+
+
+# HTTP
 
 
 def test_routes_agree() -> None:
     settings = make_settings()
-    app = create_app(settings, bemore_voice.SQLite(settings), Demo())
+    app = create_app(settings, make_storage(settings), make_counsellor(settings))
     routes = {
         f"{route.method} {route.resource.canonical}"
         for route in app.router.routes()
         if route.resource is not None and route.method not in ("HEAD", "OPTIONS")
     }
-    assert routes == {cells[0].strip("`") for cells in rows("HTTP") if re.match("`(GET|POST|DELETE) /", cells[0])}
-    for route in routes:
-        assert re.search(route.replace(" ", " +").replace("{", r"\{"), DOCSTRING), route
+    assert routes == {names(route)[0] for route, _ in rows(PROTOCOL, "Routes")}
+
+
+def test_refusals_agree() -> None:
+    table = {(int(status), names(code)[0]) for status, code, _ in rows(PROTOCOL, "Refusals")}
+    assert table == {(status, code) for code, (status, _) in HTTP_ERRORS.items()}
+
+
+# The documents
+
+
+def test_readme_is_for_somebody_who_has_a_minute() -> None:
+    assert len(README.splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_every_link_leads_somewhere(document: Path) -> None:
+    text = prose(document)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
+        if re.match("[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (document.parent / path).resolve() if path else document
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_every_file_that_is_named_exists(document: Path) -> None:
+    for name in re.findall(r"`([\w./-]+\.(?:py|sql|html|txt|md))`", prose(document)):
+        assert (ROOT / name).is_file() or (document.parent / name).is_file(), name
 
 
 def test_ci_runs_the_very_command_that_readme_gives() -> None:
@@ -89,18 +219,25 @@ def test_ci_runs_the_very_command_that_readme_gives() -> None:
     assert command[0] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
-async def test_readmes_conversation_by_hand_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_readmes_conversation_by_hand_works(
+    aiohttp_server: AiohttpServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert code is not None
     assert len(code[1].splitlines()) == 5
-    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()) as server:
-        source = code[1].replace("127.0.0.1:8000", "{}:{}".format(*server.address))
-        names: dict[str, Any] = {}
-        compiled = compile(source, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        async with asyncio.timeout(20):
-            await eval(compiled, names)
-        await names["ws"].close()
-        await names["http"].close()
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    server = await aiohttp_server(create_app(settings, make_storage(settings), Demo()))
+    await type_in(code[1].replace("127.0.0.1:8000", f"{server.host}:{server.port}"))
     printed = capsys.readouterr().out.splitlines()
     assert "ai_stream_begin" in printed[0]
     assert "".join(ast.literal_eval(line)["data"].get("chunk", "") for line in printed).startswith("안녕하세요")
+
+
+async def type_in(source: str) -> None:
+    """Run lines as `python -m asyncio` does."""
+    variables: dict[str, Any] = {}
+    compiled = compile(source, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    async with asyncio.timeout(20):
+        await eval(compiled, variables)
+    await variables["ws"].close()
+    await variables["http"].close()
