@@ -1,5 +1,5 @@
 -- Tables of BeMore voice, for Postgres as it stands (psql -f schema.sql) and, by three literal
--- replacements in bemore_voice.py, for SQLite. Applied at every start; safe to apply again.
+-- replacements in bemore/storage.py, for SQLite. Applied at every start; safe to apply again.
 
 -- May belong to another service and have more columns: only session_id is read and referenced.
 CREATE TABLE IF NOT EXISTS sessions (

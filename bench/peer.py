@@ -23,16 +23,8 @@ from google import genai
 from google.genai import types
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bemore_voice import (
-    ADD_TURN,
-    CREATE_SESSION,
-    HISTORY,
-    SQLITE_SPELLINGS,
-    TAKE_TOKEN,
-    Emotion,
-    parse_request,
-    system_prompt,
-)
+from bemore.storage import ADD_TURN, CREATE_SESSION, HISTORY, SQLITE_SPELLINGS, TAKE_TOKEN
+from bemore_voice import parse_utterance, system_prompt
 
 database: aiosqlite.Connection
 
@@ -81,7 +73,7 @@ async def answer(socket: WebSocket, session_id: str, data: Any) -> None:
         text = json.dumps({"type": kind, "data": fields, "seq": time.time_ns() // 1000}, ensure_ascii=False)
         await socket.send_text(text)
 
-    request = parse_request(data, int(time.time() * 1000))
+    utterance = parse_utterance(data, int(time.time() * 1000))
     refill = 60_000_000 // 6000
     now_us = int(time.time() * 1_000_000)
     assert await database.execute_fetchall(TAKE_TOKEN, named(session_id, now_us, refill, refill * 6000))
@@ -90,9 +82,9 @@ async def answer(socket: WebSocket, session_id: str, data: Any) -> None:
     for turn in reversed(turns):
         contents.append(types.Content(role="user", parts=[types.Part(text=turn[1])]))
         contents.append(types.Content(role="model", parts=[types.Part(text=turn[2])]))
-    contents.append(types.Content(role="user", parts=[types.Part(text=request.message)]))
+    contents.append(types.Content(role="user", parts=[types.Part(text=utterance.message)]))
     config = types.GenerateContentConfig(
-        system_instruction=system_prompt(request.emotion or Emotion.NEUTRAL),
+        system_instruction=system_prompt(utterance.emotion),
         max_output_tokens=200,
         thinking_config=types.ThinkingConfig(thinking_level=types.ThinkingLevel.MINIMAL),
     )
@@ -107,7 +99,7 @@ async def answer(socket: WebSocket, session_id: str, data: Any) -> None:
             said.append(event.text)
             await send("ai_stream_chunk", chunk=event.text)
     last = turns[0][0] if turns else 0
-    values = named(session_id, request.message, "".join(said), request.emotion, request.timestamp, last)
+    values = named(session_id, utterance.message, "".join(said), utterance.emotion, utterance.timestamp, last)
     await database.execute_fetchall(ADD_TURN, values)
     await send("ai_stream_complete")
 

@@ -182,9 +182,9 @@ def table(rounds: int, names: list[str]) -> None:
 NO_INSERTS = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import bemore_voice
+import bemore_voice, bemore.storage
 async def add_turn(*_): pass
-bemore_voice.SQLite.add_turn = add_turn
+bemore.storage.SQLite.add_turn = add_turn
 sys.exit(bemore_voice.main())
 """
 

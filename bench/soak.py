@@ -31,7 +31,8 @@ from aiohttp import web
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support import GeminiStandIn, Wire, event, stream, text_of  # noqa: E402
+from standin import GeminiStandIn, event, stream  # noqa: E402
+from support import Wire, text_of  # noqa: E402
 from test_faults import UPSTREAM, WHOLE, open_postgres  # noqa: E402
 from test_schedules import Page, replies_of  # noqa: E402
 

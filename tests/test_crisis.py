@@ -8,37 +8,14 @@ from pathlib import Path
 
 import pytest
 from crisis_sentences import GROUPS, is_tuning
-from support import (
-    Client,
-    FaultyStorage,
-    GeminiStandIn,
-    ScriptedCounsellor,
-    Server,
-    event,
-    kinds_of,
-    make_settings,
-    open_storage,
-    serve,
-    stream,
-    text_of,
-    until,
-)
+from standin import GeminiStandIn, event, stream
+from support import Client, FaultyStorage, ScriptedCounsellor, Server, kinds_of, make_settings, serve, text_of
+from tools import until
 
-from bemore_voice import (
-    BLOCKED_REPLY,
-    CARE,
-    RISK_PROMPT,
-    Demo,
-    Emotion,
-    ErrorCode,
-    Failure,
-    Gemini,
-    Prompt,
-    Signal,
-    crisis_signal,
-    demo_reply,
-    system_prompt,
-)
+from bemore.care import BLOCKED_REPLY, CARE, Signal, crisis_signal
+from bemore.counsellor import Emotion, Failed, Prompt
+from bemore.demo import Demo, demo_reply
+from bemore_voice import RISK_PROMPT, make_counsellor, make_storage, system_prompt
 
 PLEA = "요즘은 그냥 죽고 싶다는 생각만 들어요"
 SIGN = "제 물건은 친구들에게 다 나눠줬어요"
@@ -161,8 +138,8 @@ async def test_in_every_combination_the_helpline_comes_at_once_and_the_reply_com
             MAX_AI_REQUESTS_PER_MINUTE=1,
         )
         gate = await make_model(model, gemini)
-        storage = FaultyStorage(open_storage(settings))
-        async with serve(settings, Gemini(settings), storage) as server:
+        storage = FaultyStorage(make_storage(settings))
+        async with serve(settings, make_counsellor(settings), storage) as server:
             for turn in range(3):
                 async with server.connect(str(turn)) as client:
                     gate.clear()
@@ -227,7 +204,7 @@ async def test_it_waits_for_a_reply_in_progress_and_for_nothing_else(
 
 async def test_a_bug_or_a_failure_in_the_middle_still_completes(server: Server, counsellor: ScriptedCounsellor) -> None:
     async with server.connect() as client:
-        for error in (KeyError("x"), Failure(ErrorCode.AI_UNAVAILABLE, "test"), asyncio.CancelledError()):
+        for error in (KeyError("x"), Failed("test"), asyncio.CancelledError()):
             counsellor.expect().say("네, ").fail(error)
             frames = await check_care(client, PLEA, Signal.EXPLICIT)
             assert text_of(frames) == CARE[Signal.EXPLICIT] + "네, "
@@ -282,7 +259,7 @@ def test_the_prompt_keeps_saying_so(emotion: Emotion | None) -> None:
 
 async def test_the_model_is_told(gemini: GeminiStandIn, tmp_path: Path) -> None:
     settings = make_settings(f"sqlite:///{tmp_path}/a.db", DEMO_MODE=0, GEMINI_API_KEY="k", GEMINI_BASE_URL=gemini.url)
-    async with serve(settings, Gemini(settings)) as server, server.connect() as client:
+    async with serve(settings, make_counsellor(settings)) as server, server.connect() as client:
         for message in ("안녕하세요", PLEA, "다른 이야기"):
             await client.ask(message, emotion="sad")
             await client.reply()
@@ -300,7 +277,7 @@ def test_the_demo_does_not_play_with_it() -> None:
 async def test_a_blocked_reply_is_no_error(gemini: GeminiStandIn, tmp_path: Path) -> None:
     settings = make_settings(f"sqlite:///{tmp_path}/a.db", DEMO_MODE=0, GEMINI_API_KEY="k", GEMINI_BASE_URL=gemini.url)
     gemini.default = stream(event(finish="SAFETY"))
-    async with serve(settings, Gemini(settings)) as server, server.connect() as client:
+    async with serve(settings, make_counsellor(settings)) as server, server.connect() as client:
         await client.ask("다른 이야기")
         frames = await client.reply()
         assert text_of(frames) == "".join(BLOCKED_REPLY)

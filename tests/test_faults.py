@@ -11,30 +11,25 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from standin import Answer, GeminiStandIn, event, status, stream
 from support import (
     CANARY,
-    Answer,
     Client,
     FaultyStorage,
-    GeminiStandIn,
     ScriptedCounsellor,
     Server,
     Wire,
-    event,
     kinds_of,
     make_settings,
-    open_storage,
     serve,
-    status,
-    stream,
     text_of,
-    until,
 )
 from test_gemini import reset_after, silent_after
+from tools import until
 
-from bemore_voice import BLOCKED_REPLY, Gemini
+from bemore.care import BLOCKED_REPLY
+from bemore_voice import make_counsellor, make_storage
 
-CARE = "".join(BLOCKED_REPLY)
 WHOLE = "네, 듣고 있어요."
 HANGUL = event("가나다", "STOP")
 MIDDLE = HANGUL.index("나".encode()) + 1
@@ -62,9 +57,13 @@ UPSTREAM: dict[str, tuple[list[Answer], str, str]] = {
     "an empty STOP": ([stream(event("", "STOP"))], "", "error"),
     "MAX_TOKENS with text": ([stream(event("가"), event(finish="MAX_TOKENS"))], "가", "complete"),
     "MAX_TOKENS without text": ([stream(event(finish="MAX_TOKENS"))], "", "error"),
-    "SAFETY before text": ([stream(event(finish="SAFETY"))], CARE, "complete"),
-    "SAFETY after text": ([stream(event("가"), event(finish="SAFETY"))], f"가 {CARE}", "complete"),
-    "a blocked prompt": ([stream(b'data: {"promptFeedback": {"blockReason": "SAFETY"}}\n\n')], CARE, "complete"),
+    "SAFETY before text": ([stream(event(finish="SAFETY"))], BLOCKED_REPLY, "complete"),
+    "SAFETY after text": ([stream(event("가"), event(finish="SAFETY"))], f"가 {BLOCKED_REPLY}", "complete"),
+    "a blocked prompt": (
+        [stream(b'data: {"promptFeedback": {"blockReason": "SAFETY"}}\n\n')],
+        BLOCKED_REPLY,
+        "complete",
+    ),
     "thought-only parts": (
         [stream(b'data: {"candidates": [{"content": {"parts": [{"text": "hm", "thought": true}]}}]}\n\n', HANGUL)],
         "가나다",
@@ -88,7 +87,7 @@ async def asked(gemini: GeminiStandIn, tmp_path: Path) -> AsyncIterator[tuple[Se
         FIRST_CHUNK_TIMEOUT_SECONDS=4,
         CHUNK_TIMEOUT_SECONDS=0.5,
     )
-    async with serve(settings, Gemini(settings)) as server, server.connect() as client:
+    async with serve(settings, make_counsellor(settings)) as server, server.connect() as client:
         yield server, client
 
 
@@ -127,7 +126,7 @@ async def test_upstream_that_cannot_be_reached(name: str, gemini: GeminiStandIn,
         GEMINI_BASE_URL=url,
         FIRST_CHUNK_TIMEOUT_SECONDS=5,
     )
-    async with serve(settings, Gemini(settings)) as server, server.connect() as client:
+    async with serve(settings, make_counsellor(settings)) as server, server.connect() as client:
         if "refused" in name:
             await gemini.close()
         await check_reply(client, "", "error")
@@ -228,14 +227,14 @@ async def test_a_full_disk_is_one_error_and_then_well_again(
     async with server.connect() as client:
         await client.ask()
         await client.reply()
-        pages = (await server.storage._fetch("PRAGMA page_count"))[0][0]
-        await server.storage._fetch(f"PRAGMA max_page_count = {pages}")
+        pages = (await server.storage.fetch("PRAGMA page_count"))[0][0]
+        await server.storage.fetch(f"PRAGMA max_page_count = {pages}")
         counsellor.expect().say("가" * 10_000).end()
         await client.ask("안 들어가는 말")
         frames = await client.reply()
         assert (kinds_of(frames)[-1], frames[-1]["code"]) == ("error", "ai_unavailable")
         assert "SQLITE_FULL" in caplog.text
-        await server.storage._fetch("PRAGMA max_page_count = 1000000")
+        await server.storage.fetch("PRAGMA max_page_count = 1000000")
         await client.ask("들어가는 말")
         assert kinds_of(await client.reply())[-1] == "complete"
     assert [row[0] for row in await server.rows()] == [CANARY, "들어가는 말"]
@@ -245,7 +244,7 @@ async def test_a_slow_database_does_not_hold_up_other_sessions_streams(
     counsellor: ScriptedCounsellor, tmp_path: Path
 ) -> None:
     settings = make_settings(f"sqlite:///{tmp_path}/a.db")
-    storage = FaultyStorage(open_storage(settings))
+    storage = FaultyStorage(make_storage(settings))
     async with serve(settings, counsellor, storage) as server, server.connect("나") as other:
         talk = counsellor.expect()
         await other.ask()
@@ -277,13 +276,13 @@ async def test_a_failed_insert_is_stored_once_when_nobody_knows_whether_it_was(
 ) -> None:
     """The database commits, and goes away before it can say so."""
     settings = make_settings(database_url, AUTO_CREATE_SESSIONS=1)
-    inner = open_storage(settings)
+    inner = make_storage(settings)
 
     class Forgetful(FaultyStorage):
         lost = 2
 
         async def _fetch(self, sql: str, *values: object) -> Any:
-            rows = await super()._fetch(sql, *values)
+            rows = await super().fetch(sql, *values)
             if "INSERT INTO conversations" in sql and self.lost:
                 self.lost -= 1
                 self.fail()

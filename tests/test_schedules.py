@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,23 +18,11 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from support import (
-    ENDS,
-    PATIENCE,
-    FaultyStorage,
-    GeminiStandIn,
-    Server,
-    event,
-    kinds_of,
-    make_settings,
-    open_storage,
-    serve,
-    status,
-    text_of,
-    until,
-)
+from standin import GeminiStandIn, event, status
+from support import ENDS, FaultyStorage, Server, kinds_of, make_settings, serve, text_of
+from tools import PATIENCE, until
 
-from bemore_voice import SESSIONS, Gemini, anonymous
+from bemore_voice import anonymous, make_counsellor, make_storage
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "300"))
 SEED = int(os.environ.get("SEED", "0"))
@@ -107,7 +96,7 @@ class Page:
         if self.ws is None or self._reader is None:
             return
         if cut:
-            self.ws._response.connection.transport.abort()  # type: ignore[union-attr]
+            self.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         await self.ws.close()
         await self._reader
         self.ws = None
@@ -266,8 +255,8 @@ async def running(folder: Path, plans: dict[str, str]) -> AsyncIterator[tuple[Se
             MAX_AI_REQUESTS_PER_MINUTE=6000,
             STREAM_CHUNK_INTERVAL_MS=5,
         )
-        storage = FaultyStorage(open_storage(settings))
-        async with serve(settings, Gemini(settings), storage) as server:
+        storage = FaultyStorage(make_storage(settings))
+        async with serve(settings, make_counsellor(settings), storage) as server:
             yield server, storage, stand_in
 
 
@@ -295,12 +284,6 @@ async def test_whatever_happens_every_request_has_one_end(tmp_path: Path, caplog
                     raise
         # And all is back where it began.
         await until(lambda: stand_in.ended == len(stand_in.requests))
-        await until(lambda: not any(session.sockets or session.worker for session in server.sessions.values()))
-        model = server.runner.app[SESSIONS].counsellor
-        assert isinstance(model, Gemini)
-        assert model._client is not None
-        connector = model._client.connector
-        assert connector is not None
-        assert not connector._acquired
+        await until(lambda: not any(session.sockets or session.worker for session in server.sessions))
         # What is left are the handlers of the connections to the model that are kept for the next reply.
-        await until(lambda: len(asyncio.all_tasks()) <= tasks + sum(map(len, connector._conns.values())))
+        await until(lambda: len(asyncio.all_tasks()) <= tasks + stand_in.connections())

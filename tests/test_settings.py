@@ -2,7 +2,7 @@
 
 import pytest
 
-from bemore_voice import ConfigError, Settings, read_settings
+from bemore.settings import ConfigError, Settings, read_settings
 
 
 def test_without_any_setting_a_hobbyist_gets_sqlite_and_the_demo() -> None:

@@ -9,20 +9,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from support import (
-    GeminiStandIn,
-    ScriptedCounsellor,
-    Server,
-    event,
-    kinds_of,
-    make_settings,
-    serve,
-    stream,
-    text_of,
-    until,
-)
+from standin import GeminiStandIn, event, stream
+from support import ScriptedCounsellor, Server, kinds_of, make_settings, serve, text_of
+from tools import until
 
-from bemore_voice import SENTENCES, Demo, Emotion, ErrorCode, Failure, Gemini, system_prompt
+from bemore.counsellor import Emotion, Failed
+from bemore.demo import Demo
+from bemore_voice import SENTENCES, ErrorCode, make_counsellor, system_prompt
 
 COMPLETE = ["begin", "chunk", "complete"]
 
@@ -164,12 +157,12 @@ async def test_a_reply_that_fails_ends_in_one_error_and_is_not_stored(
     server: Server, counsellor: ScriptedCounsellor
 ) -> None:
     async with server.connect() as client:
-        counsellor.expect().fail(Failure(ErrorCode.AI_UNAVAILABLE, "test"))
+        counsellor.expect().fail(Failed("test"))
         await client.ask()
         (frame,) = await client.reply()
         assert error_of(frame) == "ai_unavailable"
         assert "seq" in frame
-        counsellor.expect().say("가", "나").fail(Failure(ErrorCode.AI_UNAVAILABLE, "test"))
+        counsellor.expect().say("가", "나").fail(Failed("test"))
         await client.ask()
         frames = await client.reply()
         assert (text_of(frames), error_of(frames[-1])) == ("가나", "ai_unavailable")
@@ -203,7 +196,7 @@ async def test_a_stray_cancellation_is_answered(server: Server, counsellor: Scri
 # Bad input: after each, the same socket answers the next good request
 
 
-BAD = {
+BAD: dict[str, tuple[str | bytes, str]] = {
     "not JSON": ("안녕", "invalid_request"),
     "nothing": ("", "invalid_request"),
     "a list": ("[]", "invalid_request"),
@@ -388,7 +381,7 @@ async def test_sixteen_frames_wait_and_one_more_closes_its_socket(
 async def test_the_rate_is_held_and_the_refusal_says_how_long(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_AI_REQUESTS_PER_MINUTE=2)
-    async with serve(settings, ScriptedCounsellor(), wall_clock=lambda: clock[0]) as server:
+    async with serve(settings, ScriptedCounsellor(), clock=lambda: clock[0]) as server:
         async with server.connect() as client:
             for expected in ("complete", "complete", "error"):
                 await client.ask()
@@ -424,7 +417,7 @@ async def test_a_session_deleted_while_its_reply_streams_is_expired(
         await client.ask()
         talk.say("가")
         assert kinds_of([await client.frame(), await client.frame()]) == ["begin", "chunk"]
-        await server.storage._fetch("DELETE FROM sessions")
+        await server.storage.fetch("DELETE FROM sessions")
         talk.end()
         assert error_of((await client.reply())[-1]) == "session_expired"
         assert await server.rows() == []
@@ -548,7 +541,7 @@ async def test_gemini_answers_with_ten_turns_of_history(gemini: GeminiStandIn, d
         MAX_AI_REQUESTS_PER_MINUTE=60,
     )
     gemini.default = stream(event("네, "), event("그러셨군요."), event("", "STOP"))
-    async with serve(settings, Gemini(settings)) as server, server.connect() as client:
+    async with serve(settings, make_counsellor(settings)) as server, server.connect() as client:
         for number in range(11):
             await client.ask(f"말 {number}", emotion="anxious")
             assert text_of(await client.reply()) == "네, 그러셨군요."

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from support import GeminiStandIn, kinds_of, start, started, text_of
+from standin import GeminiStandIn
+from support import kinds_of, start, started, text_of
 
 
 async def test_a_hobbyist_starts_it_without_any_setting_and_talks(tmp_path: Path) -> None:

@@ -6,36 +6,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bemore.counsellor import Emotion
 from bemore_voice import (
-    BASE_PROMPT,
-    BLOCKED_REPLY,
-    GUIDANCE,
     SENTENCES,
-    Demo,
-    Emotion,
     ErrorCode,
     Failure,
-    Prompt,
-    Request,
-    Turn,
-    demo_reply,
-    encode_frame,
+    Utterance,
+    chunk,
     parse_frame,
-    parse_request,
+    parse_utterance,
     storable,
-    system_prompt,
 )
 
 NOW = 1_800_000_000_000
 
 
-def parse(**data: object) -> Request:
-    return parse_request(data, NOW)
+def parse(**data: object) -> Utterance:
+    return parse_utterance(data, NOW)
 
 
 def code_of(text: str) -> ErrorCode:
     with pytest.raises(Failure) as caught:
-        parse_request(parse_frame(text)[1], NOW)
+        parse_utterance(parse_frame(text)[1], NOW)
     return caught.value.code
 
 
@@ -146,7 +138,7 @@ def test_any_other_emotion_counts_as_none(emotion: object) -> None:
 def test_a_timestamp_is_stored_as_given_or_is_the_servers(text: str, expected: int) -> None:
     kind, data = parse_frame(f'{{"type": "request_ai_response", "data": {{"message": "가", "timestamp": {text}}}}}')
     assert kind == "request_ai_response"
-    assert parse_request(data, NOW).timestamp == expected
+    assert parse_utterance(data, NOW).timestamp == expected
 
 
 def test_what_cannot_be_stored_is_replaced_and_the_rest_kept() -> None:
@@ -159,7 +151,7 @@ def test_any_text_becomes_one_that_utf8_can_hold(text: str) -> None:
     kept = storable(text)
     assert len(kept) == len(text)
     assert "\0" not in kept
-    assert json.loads(encode_frame("x", {"chunk": kept}).decode())["data"]["chunk"] == kept
+    assert json.loads(chunk(kept).encode().decode())["data"]["chunk"] == kept
 
 
 LEAVES = st.none() | st.booleans() | st.floats() | st.integers() | st.text()
@@ -169,7 +161,7 @@ JSON = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.t
 @given(st.dictionaries(st.sampled_from(["message", "emotion", "timestamp"]) | st.text(max_size=8), JSON))
 def test_no_data_surfaces_as_another_error(data: dict[str, object]) -> None:
     try:
-        request = parse_request({"message": "가", **data}, NOW)
+        request = parse_utterance({"message": "가", **data}, NOW)
     except Failure:
         return
     assert request.message
@@ -179,51 +171,3 @@ def test_sentences_do_not_read_as_an_expired_session_to_the_frontend() -> None:
     assert set(SENTENCES) == set(ErrorCode)
     for sentence in SENTENCES.values():
         assert not any(word in sentence.lower() for word in ("foreign key", "conversations", "session_id"))
-
-
-# Prompts
-
-
-def test_every_emotion_has_a_guidance_of_its_own() -> None:
-    prompts = {emotion: system_prompt(emotion) for emotion in Emotion}
-    assert len(set(prompts.values())) == len(Emotion) == 8
-    assert system_prompt(None) == prompts[Emotion.NEUTRAL]
-    assert all(prompt.startswith(BASE_PROMPT) and prompt.endswith(GUIDANCE[e]) for e, prompt in prompts.items())
-
-
-def test_the_base_prompt_names_the_helplines_and_forbids_what_cannot_be_spoken() -> None:
-    for word in ("109", "119", "인지행동치료", "마크다운", "이모지", "진단"):
-        assert word in BASE_PROMPT
-    assert "\\" not in BASE_PROMPT
-    assert "  " not in BASE_PROMPT
-
-
-def test_the_reply_in_place_of_a_blocked_one_names_the_helpline() -> None:
-    assert "109" in "".join(BLOCKED_REPLY)
-
-
-# Demo
-
-
-@pytest.mark.parametrize("emotion", [None, *Emotion])
-def test_the_demo_reflects_emotion_and_words_and_says_that_it_is_canned(emotion: Emotion | None) -> None:
-    first = demo_reply(Prompt("오늘 면접을 봤어요. 그리고 집에 왔어요", emotion, []))
-    assert "체험용" in first
-    assert "‘오늘 면접을 봤어요’" in first
-    later = [demo_reply(Prompt("네", emotion, [Turn(number, "", "")])) for number in range(3)]
-    assert len(set(later)) == 3
-    assert not any("체험용" in reply for reply in later)
-
-
-@pytest.mark.parametrize("message", ["?", "...", "가" * 30, "가나다 " * 20, "“”", "\n", "👨‍👩‍👧‍👦" * 10])
-def test_the_demo_answers_anything(message: str) -> None:
-    reply = demo_reply(Prompt(message, None, []))
-    assert "‘’" not in reply
-    assert "  " not in reply
-
-
-async def test_the_demo_streams_word_by_word() -> None:
-    prompt = Prompt("네", None, [Turn(1, "", "")])
-    words = [word async for word in Demo().reply(prompt)]
-    assert len(words) > 5
-    assert "".join(words) == demo_reply(prompt)

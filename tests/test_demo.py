@@ -1,0 +1,30 @@
+"""The canned counsellor."""
+
+import pytest
+
+from bemore.counsellor import Emotion, Prompt, Turn
+from bemore.demo import Demo, demo_reply
+
+
+@pytest.mark.parametrize("emotion", [None, *Emotion])
+def test_the_demo_reflects_emotion_and_words_and_says_that_it_is_canned(emotion: Emotion | None) -> None:
+    first = demo_reply(Prompt("", "오늘 면접을 봤어요. 그리고 집에 왔어요", emotion=emotion))
+    assert "체험용" in first
+    assert "‘오늘 면접을 봤어요’" in first
+    later = [demo_reply(Prompt("", "네", [Turn(number, "", "")], emotion)) for number in range(3)]
+    assert len(set(later)) == 3
+    assert not any("체험용" in reply for reply in later)
+
+
+@pytest.mark.parametrize("message", ["?", "...", "가" * 30, "가나다 " * 20, "“”", "\n", "👨‍👩‍👧‍👦" * 10])
+def test_the_demo_answers_anything(message: str) -> None:
+    reply = demo_reply(Prompt("", message))
+    assert "‘’" not in reply
+    assert "  " not in reply
+
+
+async def test_the_demo_streams_word_by_word() -> None:
+    prompt = Prompt("", "네", [Turn(1, "", "")])
+    words = [word async for word in Demo().reply(prompt)]
+    assert len(words) > 5
+    assert "".join(words) == demo_reply(prompt)

@@ -1,0 +1,21 @@
+"""What the tests of a leaf need, without the server: patience, and a database of either engine."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from bemore.postgres import Postgres
+from bemore.storage import SQLite, Storage
+
+PATIENCE = 20  # seconds that a test waits for anything before it fails
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait for what no event tells of."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - the point of it
+            await asyncio.sleep(0.001)
+
+
+def open_storage(url: str, timeout: float = 5) -> Storage:
+    return SQLite(url, timeout) if url.startswith("sqlite:") else Postgres(url, timeout)
