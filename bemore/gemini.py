@@ -105,7 +105,7 @@ class Gemini(Counsellor):
         """Open a connection where none is kept, so that the first word does not wait for TLS."""
         if asyncio.get_running_loop().time() >= self._warm_until:
             self._keep_warm()
-            self._warming = asyncio.create_task(self._warm_up())
+            self._warming = asyncio.create_task(self._warm_up(), name="warm up")
 
     def _keep_warm(self) -> None:
         self._warm_until = asyncio.get_running_loop().time() + self._keepalive
@@ -172,17 +172,12 @@ class Gemini(Counsellor):
             # Not to follow redirects keeps the key from going to another host.
             async with self._client.post(url, data=body, allow_redirects=False) as response:
                 check_status(response)
-                events, spoke, finish, block = EventStream(), False, "", b"more"
-                while block and not finish:
+                answer, block = Answer(), b"more"
+                while block and not answer.over:
                     block = await response.content.readany()
-                    for event in events.feed(block or b"\n"):  # the stream's end is its last line's too
-                        text, finish = read_event(event)
-                        if text:
-                            spoke = True
-                            yield text
-                        if finish:
-                            break
-                check_finish(finish, spoke)
+                    if text := answer.feed(block or b"\n"):  # the stream's end is its last line's too
+                        yield text
+                answer.check()
                 await self._read_tail(response)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise TryAgain(f"connection failed ({type(error).__name__})") from None
@@ -205,53 +200,69 @@ def check_status(response: aiohttp.ClientResponse) -> None:
         raise failed(f"status {response.status}: {HINTS.get(response.status, 'expected status 200')}")
 
 
-def check_finish(finish: str, spoke: bool) -> None:
-    """Raise Blocked or Failed unless a reply ended as one should."""
-    if finish in BLOCKED:
-        raise Blocked
-    if not finish:
-        raise failed("the stream ended without a finish reason")
-    if finish == "MAX_TOKENS" and not spoke:
-        raise failed("all tokens went into thinking: raise GEMINI_MAX_OUTPUT_TOKENS or lower GEMINI_THINKING_LEVEL")
-    if finish not in ("STOP", "MAX_TOKENS"):
-        raise failed("a finish reason that is no end of a reply")
-    if not spoke:
-        raise failed("STOP without any text")
+class Answer:
+    """An answer that is read in blocks, however these cut it: ``data:`` lines of one JSON value each.
 
-
-class EventStream:
-    """Parts an SSE stream into the JSON values of its ``data:`` lines, however it comes in blocks.
-
-    Gemini sends one value a line, so that the rest of the format
-    (https://html.spec.whatwg.org/#server-sent-events) is passed over. Failed for a line that is no JSON, or over 1 MiB.
+    The rest of the format (https://html.spec.whatwg.org/#server-sent-events) is passed over.
     """
 
     def __init__(self) -> None:
         self._line = b""  # the beginning of one whose end has not come yet
+        self._spoke = False
+        self._finish = ""
+        self._failure: Failed | None = None  # raised by check(), after the text that came before it
 
-    def feed(self, block: bytes) -> Iterator[object]:
-        """Yield the values of the lines that end in this block."""
-        start = 0
-        while (end := block.find(b"\n", start)) >= 0:
-            yield from self._value(self._line + block[start:end])
-            self._line = b""
-            start = end + 1
-        self._line += block[start:]
+    @property
+    def over(self) -> bool:
+        return bool(self._finish or self._failure)
+
+    def feed(self, block: bytes) -> str:
+        """Return the text of all events that end in a block: what came together goes on together."""
+        texts = []
+        try:
+            for line in self._lines(block):
+                if line.startswith(b"data:") and not self._finish:
+                    text, self._finish = read_event(parse_json(line[len(b"data:") :]))
+                    texts.append(text)
+        except Failed as failure:
+            self._failure = failure
+        text = "".join(texts)
+        self._spoke = self._spoke or bool(text)
+        return text
+
+    def _lines(self, block: bytes) -> Iterator[bytes]:
+        *ended, self._line = (self._line + block).split(b"\n")
+        for line in ended:
+            check_length(line)
+            yield line
         check_length(self._line)
 
-    @staticmethod
-    def _value(line: bytes) -> Iterator[object]:
-        check_length(line)
-        if line.startswith(b"data:"):
-            try:
-                yield json.loads(line[len(b"data:") :])
-            except (ValueError, RecursionError):
-                raise failed("an event that is not JSON") from None
+    def check(self) -> None:
+        """Raise Blocked or Failed unless the answer ended as one should."""
+        if self._failure is not None:
+            raise self._failure
+        if self._finish in BLOCKED:
+            raise Blocked
+        if not self._finish:
+            raise failed("the stream ended without a finish reason")
+        if self._finish == "MAX_TOKENS" and not self._spoke:
+            raise failed("all tokens went into thinking: raise GEMINI_MAX_OUTPUT_TOKENS or lower GEMINI_THINKING_LEVEL")
+        if self._finish not in ("STOP", "MAX_TOKENS"):
+            raise failed("a finish reason that is no end of a reply")
+        if not self._spoke:
+            raise failed("STOP without any text")
 
 
 def check_length(line: bytes) -> None:
     if len(line) > MAX_LINE_BYTES:
         raise failed("a line of over 1 MiB")
+
+
+def parse_json(text: bytes) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise failed("an event that is not JSON") from None
 
 
 def read_event(event: Any) -> tuple[str, str]:
