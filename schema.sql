@@ -1,4 +1,4 @@
--- Tables of BeMore voice, for Postgres as it stands (psql -f schema.sql) and, by three literal
+-- Tables of BeMore voice, for Postgres as it stands (psql -f schema.sql) and, by the few
 -- replacements in bemore/storage.py, for SQLite. Applied at every start; safe to apply again.
 
 -- May belong to another service and have more columns: only session_id is read and referenced.
@@ -28,6 +28,10 @@ CREATE INDEX IF NOT EXISTS idx_conversations_created_at ON conversations (create
 CREATE TABLE IF NOT EXISTS token_buckets (
     session_id VARCHAR(255) PRIMARY KEY,
     full_at BIGINT NOT NULL, -- microseconds since the epoch
+    at_risk BOOLEAN NOT NULL DEFAULT FALSE, -- whether the session was ever told of a helpline
     CONSTRAINT token_buckets_session_id_fkey
         FOREIGN KEY (session_id) REFERENCES sessions (session_id) ON DELETE CASCADE
 );
+
+-- A database made before the mark was kept.
+ALTER TABLE token_buckets ADD COLUMN IF NOT EXISTS at_risk BOOLEAN NOT NULL DEFAULT FALSE;

@@ -1,156 +1,311 @@
-"""The crisis lane: what in a person's words asks for the helpline, and the prepared sentences that answer it."""
+"""What in a person's words asks for a helpline, and the prepared sentences that answer it.
+
+A linear model over short runs of letters decides: care/train.py learns it from the labelled sentences in care/, and
+docs/safety.md says what it finds and what it misses. ``python -m bemore.care "문장"`` shows what spoke for a signal.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 import re
+import sys
 import unicodedata
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-
-# Expressions of suicide and self-harm, then indirect signs of them. Between any two letters spaces, signs, digits
-# or invisible characters may stand. A negation (죽고 싶지 않아요) counts like the expression itself:
-# whoever has to say so may be asking for help, and one kind sentence too many costs less than one too few.
-# tests/crisis_sentences.py is what the lists are measured on; docs/safety.md gives the figures.
-EXPLICIT_SIGNS = (
-    r"(?<![기풀])죽[고구꼬](?:싶|십(?!년)|씹|파|퍼|프|픔|만싶|시[퍼포프ㅍ]|ㅅㅍ)",
-    r"주꼬[싶십시]|듁고[싶십시]|주거버[리릴]|주글[래께]|[뒤디뒈]지[고구][싶십시]",
-    r"죽어버리[고면]|죽어버릴|죽어버렸으면|죽었으면(?:좋|해|[싶십])|죽어도(?:상관|괜찮)|죽어야(?:만|해|하|겠|돼|되|모두|다들|끝)",
-    r"죽을(?:래|게요|결심|생각|궁리|준비|용기|방법)|죽는(?:방법|법)|죽기로(?:했|결|마음)|죽으려(?:고|는|다|했|합)",
-    r"죽는(?:게|것이|편이)(?:더)?(?:낫|나을|나아|나은|좋|편)|죽으면(?:다(?!시)|끝|편|모두|좋|그만|행복)",
-    r"(?:아프지않게|안아프게|편하게|고통없이|쉽게)죽|죽음(?:만|을)(?:생각|택|선택|준비)",
-    r"(?<![서랑과와자에])(?<![서랑과와자에] )살고[싶십시]지(?:도|가|는)?[않안]",
-    r"(?<![서랑과와자에기])(?<![서랑과와자에기] )살기(?:가|도)?[싫시]",
-    r"(?:그만|더는|더이상)살(?:고[싶십]|기|래|수)|살(?:아갈)?(?:이유|가치|자격)(?:가|도|를)?(?:없|하나도|모르)",
-    r"목숨을?.{0,5}(?:끊|버리|던지|놓)|몸에상처를?(?:내|냈|낼)|(?:스스로|[제내]손으로)(?:목숨|생을|삶을|죽)",
-    r"(?:이삶|내삶|생|인생|목숨)을?(?:마감|끝내(?!주|줘|줬)|끝낼|끝장)|세상을?(?:떠나고|떠날|등지|하직)",
-    r"극단적인?(?:선택|생각|시도)|음독|투신|농약을?(?:마시|먹|삼키)|번개탄을?(?:피우|피워)|번개탄.{0,8}죽|연탄을?피우고",
-    r"뛰어내리(?:고|려|면)[싶십시했죽고편]|뛰어내릴(?:까|래|거|것|생각)|(?:한강|강물|바다|물|차|차도)에?뛰어들고[싶십시]",
-    r"(?:창문|옥상|다리|베란다|난간|건물|아파트|한강).{0,6}뛰어(?:내리고|내릴|내려죽|들고|들까)|뛰어내리고[싶십시]",
-    r"(?:손목|팔목|팔|허벅지)(?:을|를|도|에)?(?:또)?(?:그[었으을]|긋)|(?:스스로|자신|나|저)[를을]칼로",
-    r"(?<!에)(?<!에 )목을(?:매|맬|맸|조르고)|목매(?:달고[싶십시]|달아죽|고[싶십시]|려고)",
-    r"(?:약|수면제|진통제)(?:을|를)?.{0,4}(?:한꺼번에|한번에|잔뜩|한움큼)(?:먹|삼키|털어)",
-    r"약(?:을|를)?(?:다|전부|모두)(?:먹어버리|먹을까|먹고죽|먹고[싶십시]|털어)",
-    r"ㅈㄱㅅㅍ|suicide|自殺",
-)
-# With nothing in between, or a word that makes it one: 혼자 살아요 and 자, 해 볼까 hold these letters too.
-EXPLICIT_WORDS = (
-    r"(?<![혼여남감피과의모상사각투부환])자살(?!골)",
-    r"(?<![가-힣])자~살(?=~(?:하|할|해|했|생각|시도|충동|각|고민|마렵|$))",
-    r"(?<![가-힣])자해(?!공갈|석)|(?<![가-힣])자~해~(?:했|하고|충동)",
-    r"(?<![ㄱ-ㅎ])ㅈ~ㅅ(?!~ㅈ|~합니|~요)(?![ㄱ-ㅎ])|(?<![ㄱ-ㅎ])ㅈㅎ~(?:했|하고|또|충동)",
-)
-INDIRECT_SIGNS = (
-    r"(?:짐|물건|아끼던것|가진것|옷|책)(?:을|를)?.{0,10}(?:다|모두|전부)나(?:눠|누어)[줬주]|아끼던.{0,12}나눠[줬주]",
-    r"(?:주변|신변|물건|인생|삶)(?:을|를)?(?:다|모두|전부)?정리(?:를)?(?:다)?(?:했|하고있|해놨|해놓|할)",
-    r"(?:이제|곧|다)편해질(?:것|거|수)|(?<![가-힣])유서(?!깊|있|가깊)|마지막(?:으로)?(?:인사|목소리|부탁|편지|연락)|작별인사",
-    r"그동안(?:정말|다들|모두)?고마웠|(?:사라|없어)지고[싶십시]|사라졌으면|없어졌으면|(?:내가|제가|나|저)(?:하나)?없어[지져졌]",
-    r"[저나제내]가?(?:만|하나)?없(?:으면|어도|는게|어야).{0,8}(?:행복|편|잘|나을|돌아|좋|낫)|(?:짐|폐|부담)(?:만|이)(?:돼|되|될|끼)",
-    r"영원히(?:잠|자고|쉬고)|(?:다시|영영)(?:는)?(?:안|못)?(?:깨어나지|깨지|일어나지)[않안]|깨어나지[않안]|눈을?뜨지[않안]았으면|안깨어났으면",
-    r"(?:내일|아침)이?오지[않안]았으면|태어나지(?:말|[않안]았)|왜태어났|왜사는지|왜살아야|살아서뭐|살아봤자",
-    r"(?:사는|살아있는|살아가는|살|삶의)(?:게|것이|이유|의미)?(?:아무|전혀)?(?:의미|이유)(?:가|도|를)?(?:없|모르)",
-    r"버틸(?:힘|자신|수)(?:이|가|도)?없|(?:더는|더이상)(?:은)?(?:못|안)?(?:버티|견디|버틸|견딜)|못버티겠",
-    r"(?:다|전부|모두|모든걸|모든것을)(?:포기|내려놓|끝내|놓아버|그만두)[하고려]?.{0,2}[싶십시]|그만하고[싶십시].{0,4}(?:전부|다|모두)",
-    r"(?:고통|괴로움|아픔)을?(?:끝내|멈추|그만)|희망(?:이|도)(?:하나도|전혀|더)?없|살아도(?:달라질|나아질)|끝이안보|자리(?:가|는)?(?:어디에도)?없|숨쉬는것(?:도|조차)(?:지|힘|싫)",
-    r"비밀번호(?:를|도)?.{0,4}적어|(?:강아지|고양이|아이|애들|동생|가족|엄마)(?:를|을)?(?:잘)?부탁해",
-    r"(?:곁으로|따라|하늘나라로?|하늘로)(?:가고|갈래|가버리고)[싶십시]?|따라가고[싶십시]",
-    r"옥상에(?:혼자)?(?:올라|서있)|(?:다리위|난간)에.{0,4}(?:서|올라)|약을?.{0,8}모(?:으고|아두|아뒀|았)|영정|[내제]장례",
-    r"(?:나를|저를|날)(?:찾|기다리)지[마말]|미리인사|그대로(?:끝났|잠들었|멈췄)으면|(?:떠난|떠나|죽은|사라진)(?:걸|줄|것도?)(?:도)?모를|다시는?못볼(?:것|거)|혼자(?:조용히)?떠나고",
-)
-# Said every day, and not meant.
-IDIOMS = (
-    r"너(?:진짜|정말)?죽을래|[겨파워려퍼아어]서?죽으려[고는]",
-    r"한강에?(?:산책|소풍|치킨|자전거)",
-)
-
-SEPARATORS = re.compile(r"[\W\d_]+")
-SEPARATOR = " ?"  # in a text whose separators have become one space
-CONSONANTS = "ㄱㄲㄴㄷㄸㄹㅁㅂㅃㅅㅆㅇㅈㅉㅊㅋㅌㅍㅎ"
-VOWELS = "ㅏㅐㅑㅒㅓㅔㅕㅖㅗㅘㅙㅚㅛㅜㅝㅞㅟㅠㅡㅢㅣ"
-FINALS = "\0ㄱㄲㄳㄴㄵㄶㄷㄹㄺㄻㄼㄽㄾㄿㅀㅁㅂㅄㅅㅆㅇㅈㅊㅋㅌㅍㅎ"
-# NFKC turns a lone ㅈ into the first letter of a syllable (U+110C); patterns and people write it as U+3148.
-LONE_LETTERS = {0x1100 + at: letter for at, letter in enumerate(CONSONANTS)}
-LONE_LETTERS |= {0x1161 + at: letter for at, letter in enumerate(VOWELS)}
-# 쥭고 싶어 for 죽고 싶어: ㅑ ㅕ ㅛ ㅠ count as ㅏ ㅓ ㅗ ㅜ.
-PLAIN_VOWELS = {2: 0, 6: 4, 12: 8, 17: 13}
+from pathlib import Path
 
 
 class Signal(StrEnum):
-    """What in a person's words opens the crisis lane."""
+    """What a person's words are a sign of."""
 
-    EXPLICIT = "explicit"
-    INDIRECT = "indirect"
+    EXPLICIT = "explicit"  # own suicidal thoughts, plans, means, attempts, self-harm, acute danger
+    INDIRECT = "indirect"  # warning signs that do not name death
+    VIOLENCE = "violence"  # wants to kill or hurt somebody else
 
 
-# The number is written twice: 109 for the eye, 일공구 for a voice that would read it as a quantity.
+# Sentences: few and short, no promise, no method, no refusal. The number is written twice, 109 for the eye and 일공구
+# for a voice, which would read it as a quantity. Each ends with a space: more follows.
+
 HELPLINE = "자살예방 상담전화 109, 일공구"
-CARE = {
-    Signal.EXPLICIT: f"그만큼 힘드셨군요. 말해 주셔서 고마워요. 혼자 견디지 마시고 {HELPLINE}로 전화해 주세요. "
-    "밤이든 낮이든 무료로 이야기를 들어 드려요. 지금 위험하다면 바로 119를 눌러 주세요. ",
-    Signal.INDIRECT: f"그 말씀에 마음이 쓰여요. 많이 지치셨다면 {HELPLINE}에서 언제든 무료로 이야기를 들어 드려요. ",
+FIRST = {
+    Signal.EXPLICIT: "많이 힘드셨겠어요. 말해 주셔서 고마워요. "
+    f"{HELPLINE}로 전화해 주세요. 24시간 무료예요. 당장 위험하다면 119에 전화해 주세요. ",
+    Signal.INDIRECT: f"그 말씀에 마음이 쓰여요. 혼자 감당하기 벅차시면 {HELPLINE}로 전화해 보세요. ",
+    Signal.VIOLENCE: "그만큼 화가 나고 괴로우시군요. 지금은 그 사람에게서, 다치게 할 수 있는 물건에서 떨어져 주세요. "
+    f"누군가 위험하다면 112에, 이야기할 곳이 필요하면 {HELPLINE}로 전화해 주세요. ",
 }
+# Where the first was said in this session already.
+SHORT = {
+    Signal.EXPLICIT: f"말해 주셔서 고마워요. {HELPLINE}, 급하면 119에 지금 전화해 주세요. ",
+    Signal.INDIRECT: f"여전히 많이 힘드시군요. {HELPLINE}로 전화해 보세요. ",
+    Signal.VIOLENCE: f"우선 그 자리에서 떨어져 주세요. 위험하면 112, 이야기는 {HELPLINE}로 할 수 있어요. ",
+}
+# In place of words that the model's safety filter held back; a refusal would be the worst answer then.
+BLOCKED = "말씀하신 마음을 가볍게 여기지 않아요. "
+BLOCKED_REPLY = f"{BLOCKED}혼자 견디지 마시고 {HELPLINE}로 전화해 주세요. 당장 위험하다면 119에 전화해 주세요."
+BLOCKED_SHORT = f"{BLOCKED}지금 곁에 함께 있어 줄 사람이 있나요?"  # after a sentence that named the numbers
 
-# Said in place of words that the model's safety filter held back; a refusal would be the worst answer then.
-BLOCKED_REPLY = (
-    "이 이야기는 제가 이어서 답해 드리기가 조심스러워요. "
-    "그래도 힘든 마음을 혼자 견디지는 않으셨으면 해요. "
-    f"{HELPLINE}에서는 밤이든 낮이든 무료로 이야기를 들어 드려요. "
-    "지금 위험한 상황이라면 바로 119에 전화해 주세요."
+
+# Letters: a text as it sounds, so that spelling, spaces and signs between letters make little difference
+
+INITIALS = "ㄱㄲㄴㄷㄸㄹㅁㅂㅃㅅㅆㅇㅈㅉㅊㅋㅌㅍㅎ"
+VOWELS = "ㅏㅐㅑㅒㅓㅔㅕㅖㅗㅘㅙㅚㅛㅜㅝㅞㅟㅠㅡㅢㅣ"
+FINALS = " ㄱㄲㄳㄴㄵㄶㄷㄹㄺㄻㄼㄽㄾㄿㅀㅁㅂㅄㅅㅆㅇㅈㅊㅋㅌㅍㅎ"
+PARTS = {
+    "ㄲ": "ㄱㄱ", "ㄸ": "ㄷㄷ", "ㅃ": "ㅂㅂ", "ㅆ": "ㅅㅅ", "ㅉ": "ㅈㅈ", "ㄳ": "ㄱㅅ", "ㄵ": "ㄴㅈ", "ㄶ": "ㄴㅎ",
+    "ㄺ": "ㄹㄱ", "ㄻ": "ㄹㅁ", "ㄼ": "ㄹㅂ", "ㄽ": "ㄹㅅ", "ㄾ": "ㄹㅌ", "ㄿ": "ㄹㅍ", "ㅀ": "ㄹㅎ", "ㅄ": "ㅂㅅ",
+}  # fmt: skip
+# 쥭고 for 죽고, 되요 for 돼요: vowels that are taken for one another.
+ALIKE = dict(zip("ㅐㅒㅖㅑㅕㅛㅠㅙㅚㅞㅢㅟ", "ㅔㅔㅔㅏㅓㅗㅜㅔㅔㅔㅣㅣ", strict=True))
+# What lies on a Korean keyboard where a Latin letter lies: wnrrh tlvek is 죽고 싶다 with the keyboard switched.
+KEYS = dict(zip("qwertyuiopasdfghjklzxcvbnm", "ㅂㅈㄷㄱㅅㅛㅕㅑㅐㅔㅁㄴㅇㄹㅎㅗㅓㅏㅣㅋㅌㅊㅍㅠㅜㅡ", strict=True))
+SOUNDS = "".join(dict.fromkeys("".join(PARTS.get(letter, ALIKE.get(letter, letter)) for letter in INITIALS + VOWELS)))
+START, PAUSE, OTHER = b"\x01", b"\x02", b"\x03"
+# NFKC turns a lone ㅈ into the first letter of a syllable (U+110C); people write it as U+3148.
+LONE = {0x1100 + at: letter for at, letter in enumerate(INITIALS)}
+LONE |= {0x1161 + at: letter for at, letter in enumerate(VOWELS)}
+
+
+def sound(letters: str) -> bytes:
+    """Return letters as one byte a sound."""
+    parts = "".join(PARTS.get(letter, ALIKE.get(letter, letter)) for letter in letters)
+    return bytes(16 + SOUNDS.index(part) for part in parts)
+
+
+def sounds_of_syllable(number: int) -> bytes:
+    """Return a syllable's sounds, by its number from 가 on; a silent ㅇ is none, so that 싶어 is 시퍼."""
+    initial, rest = divmod(number, 21 * 28)
+    vowel, final = divmod(rest, 28)
+    return sound((INITIALS[initial].replace("ㅇ", "") + VOWELS[vowel] + FINALS[final]).rstrip())
+
+
+SOUND = {chr(0xAC00 + number): sounds_of_syllable(number) for number in range(19 * 21 * 28)}
+SOUND |= {letter: sound(letter) for letter in INITIALS + VOWELS + FINALS.strip()}
+SOUND |= {key: sound(letter) for key, letter in KEYS.items()}
+SOUND |= {" ": b"", "0": b"", "|": PAUSE}
+
+# All else is a space: no letter of another script says anything here, and one (U+FDFA) would become 18.
+UNHEARD = re.compile(
+    "[^0-9A-Za-z０-９Ａ-Ｚａ-ｚ\u1100-\u11ff\u3131-\u318e가-힣\uffa1-\uffdc㉠-㉻㈀-㈜\u4e00-\u9fff.!?…。~]+"
 )
 
 
-def _plain(text: str) -> str:
-    """Normalise text for matching: compatibility forms, lone letters, simple vowels, small Latin letters."""
-    text = re.sub(r"(?<=[ㄱ-ㅎ])[\W_]{1,3}(?=[ㅏ-ㅣ])", "", text)
-    text = unicodedata.normalize("NFKC", text).translate(LONE_LETTERS).lower()
-    return re.sub("[가-힣]", lambda match: _plain_vowel(match[0]), text)
+def plain(message: str) -> str:
+    """Return a message in simple letters, with a bar where a sentence ends."""
+    text = unicodedata.normalize("NFKC", UNHEARD.sub(" ", message)).translate(LONE).lower()
+    text = re.sub(r"[.!?。]+(?=\s|$)", "|", text)
+    text = re.sub(r"[^\w|]+", " ", re.sub("[0-9]+", "0", text))
+    return re.sub(" *\\|[ |]*", "|", text).strip(" |")
 
 
-def _plain_vowel(syllable: str) -> str:
-    first, rest = divmod(ord(syllable) - 0xAC00, 21 * 28)
-    vowel, final = divmod(rest, 28)
-    return chr(0xAC00 + (first * 21 + PLAIN_VOWELS.get(vowel, vowel)) * 28 + final)
+# Runs of letters, each hashed into one of as many places as the tables of weights have
+
+SOUND_RUNS, SYLLABLE_RUNS = (3, 4, 6), (1, 2, 3)
+BITS = 18
+PLACES = 1 << BITS
 
 
-def _joined(text: str) -> str:
-    """Draw a lone consonant into the syllable before it: 사ㄹ becomes 살."""
-
-    def join(match: re.Match[str]) -> str:
-        syllable, consonant = match[0][0], match[0][1]
-        open_ended = (ord(syllable) - 0xAC00) % 28 == 0 and consonant in FINALS
-        return chr(ord(syllable) + FINALS.index(consonant)) if open_ended else match[0]
-
-    return re.sub("[가-힣][ㄱ-ㅎ]", join, text)
+def places(stream: bytes, run: int, width: int, seed: int) -> list[int]:
+    """Return the place of the run that begins at each letter of a stream, whose letters have `width` bytes."""
+    size, padded = run * width, stream + bytes((run - 1) * width)
+    # By map, which takes two thirds of a loop's time.
+    cuts = map(slice, range(0, len(stream), width), range(size, len(padded) + 1, width))
+    hashes = map(zlib.crc32, map(padded.__getitem__, cuts), itertools.repeat(seed))
+    return list(map((PLACES - 1).__and__, hashes))
 
 
-def _spread(expression: str) -> str:
-    """Let separators stand between any two letters of an expression, also before what it must not go on with."""
-    spread, open_end = "", False
-    for token in re.findall(r"\(\?<!.*?\)|\(\?[:!]|\[.*?\]|.", expression):
-        letter = token[0] == "[" or re.match("[가-힣ㄱ-ㅎ]", token) is not None
-        if token == "(?!":
-            token += SEPARATOR
-        elif open_end and (letter or token == "(?:"):
-            spread += SEPARATOR
-        spread += token
-        open_end = letter or (token in ")?" and (open_end or token == ")"))
-    return spread
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A message's runs: in `sounds` and `syllables` a list for each length, of one place a letter."""
+
+    text: str
+    offsets: Sequence[int]  # of each letter of the text among the sounds, and of the end
+    sounds: Sequence[Sequence[int]]
+    syllables: Sequence[Sequence[int]]
 
 
-def _compiled(signs: Sequence[str], words: Sequence[str] = ()) -> re.Pattern[str]:
-    """Compile lists of expressions: separators may stand between the letters of signs, and at each ~ of words."""
-    spread = [_spread(_plain(sign)) for sign in signs]
-    return re.compile("|".join([*spread, *(_plain(word).replace("~", SEPARATOR) for word in words)]))
+def runs_of(message: str) -> Runs:
+    """Read a message: its text, and the places of its runs."""
+    text = " " + plain(message)
+    heard = [START, *(SOUND.get(letter, OTHER) for letter in text[1:])]
+    stream, written = b"".join(heard), text.encode("utf-16-le", "replace")
+    return Runs(
+        text,
+        [0, *itertools.accumulate(map(len, heard))],
+        [places(stream, run, 1, run) for run in SOUND_RUNS],
+        [places(written, run, 2, 100 + run) for run in SYLLABLE_RUNS],
+    )
 
 
-_EXPLICIT = _compiled(EXPLICIT_SIGNS, EXPLICIT_WORDS)
-_INDIRECT = _compiled(INDIRECT_SIGNS)
-_IDIOM = _compiled(IDIOMS)
+# Windows: one sentence in a long story counts whole
+
+LONG = 60  # letters of a sentence that is read in parts
+PART, STEP = 36, 9  # letters
 
 
-def crisis_signal(message: str) -> Signal | None:
-    """Return what in a message speaks of suicide or self-harm, openly or by a sign; None where nothing does."""
-    plain = _IDIOM.sub(" ", SEPARATORS.sub(" ", _plain(message)))
-    texts = {plain, _joined(plain)}
-    if any(_EXPLICIT.search(text) for text in texts):
-        return Signal.EXPLICIT
-    return Signal.INDIRECT if any(_INDIRECT.search(text) for text in texts) else None
+def windows(text: str) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a text to be judged: all of it, each sentence, two sentences at a time, parts of long ones."""
+    ends = [at for at, letter in enumerate(text) if letter == "|"]
+    bounds = [0, *(at + 1 for at in ends), len(text)]
+    yield 0, len(text)
+    for first, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if len(bounds) > 2:
+            yield start, end
+        if len(bounds) > 3 and first + 2 < len(bounds):
+            yield start, bounds[first + 2]
+        if end - start > LONG:
+            for at in range(start, end - PART + STEP, STEP):
+                yield at, min(at + PART, end)
+
+
+def weight_of_length(runs: int) -> float:
+    """Return what a sum over so many runs is multiplied with: long windows gather more of everything."""
+    return 8.0 / math.pow(max(runs, 1), 0.4)
+
+
+# The model
+
+WEIGHTS = Path(__file__).with_name("care.bin")
+ZERO = 128  # the weight of a run that says nothing: a byte has no sign, and a table of signed numbers is slower to read
+# Scores over which a window raises a signal of each kind, chosen by what care/measure.py finds: lower ones find more,
+# and cost more false alarms. A part of a message must score more, since a long one has many.
+THRESHOLDS = {Signal.EXPLICIT: 0.3, Signal.INDIRECT: 0.7, Signal.VIOLENCE: 0.4}
+OF_A_PART = 1.6
+# Words that leave little doubt, whatever stands around them, count for so much. Everyday words that hold the same
+# letters (혼자 살다, 기죽고) do not.
+UNMISTAKABLE = re.compile(
+    r"(?<![혼여남감피과의모상사각투부환])자살(?!골)|(?<![가-힣])자해(?!공갈|석)|(?<![기풀])죽고(?:만|도)?(?:싶|픈|퍼|시[퍼프픈])"
+    r"|목숨을?끊|극단적인?(?:선택|생각|시도)|죽으려고?(?:했|해|합|하)|죽을(?:래|결심|생각|방법)|죽어버리고|죽었으면좋"
+    r"|뛰어내리고싶|살고싶지[가는도]?않|살기싫"
+)
+BONUS = 3.0
+
+
+def bonus(text: str) -> float:
+    return BONUS if UNMISTAKABLE.search(re.sub("[ |0]", "", text)) else 0.0
+
+
+class Head:
+    """One linear judgement: a weight for each place, in steps above and below ZERO, the size of a step, a bias."""
+
+    def __init__(self, weights: bytes, scale: float, bias: float) -> None:
+        self.weights = weights
+        self.scale = scale
+        self.bias = bias
+
+    def sums(self, runs: Sequence[Sequence[int]]) -> list[int]:
+        """Return the sum of the weights of all runs that begin before each letter, and before the end."""
+        first, *others = (map(self.weights.__getitem__, column) for column in runs)
+        for other in others:
+            first = map(operator.add, first, other)
+        return list(itertools.accumulate(first, initial=0))
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a window of a message was taken for, by which score, and where it lies in Runs.text."""
+
+    signal: Signal
+    score: float  # over the threshold
+    start: int
+    end: int
+
+
+class Detector:
+    """Judges messages by a file of weights: how much a sign, how much of violence, how explicit."""
+
+    def __init__(self, data: bytes) -> None:
+        head, _, packed = data.partition(b"\n")
+        numbers = [float(number) for number in head.split()]
+        tables = zlib.decompress(packed)
+        self.risk, self.violence, self.explicit = (
+            Head(tables[at * PLACES : (at + 1) * PLACES], numbers[2 * at], numbers[2 * at + 1]) for at in range(3)
+        )
+
+    def judgements(self, message: str) -> list[Judgement]:
+        """Return all windows of a message that raise a signal."""
+        runs = runs_of(message)
+        risk, least = Scores(self.risk, runs), min(THRESHOLDS.values()) - bonus(runs.text)
+        suspect = [(score, *window) for window in windows(runs.text) if (score := risk.of(*window)) > least]
+        if not suspect:
+            return []
+        violence, explicit = Scores(self.violence, runs), Scores(self.explicit, runs)
+        found = []
+        for score, start, end in suspect:
+            added = bonus(runs.text[start:end])
+            own = Signal.EXPLICIT if added or explicit.of(start, end) > 0 else Signal.INDIRECT
+            signal = Signal.VIOLENCE if violence.of(start, end) > 0 else own
+            threshold = THRESHOLDS[signal] + (0 if end - start == len(runs.text) else OF_A_PART)
+            if score + added > threshold:
+                found.append(Judgement(signal, score + added - threshold, start, end))
+        return found
+
+    def signal_in(self, message: str) -> Signal | None:
+        """Return the most urgent signal in a message, or None."""
+        signals = {judgement.signal for judgement in self.judgements(message)}
+        return next(
+            (signal for signal in (Signal.EXPLICIT, Signal.VIOLENCE, Signal.INDIRECT) if signal in signals), None
+        )
+
+
+class Scores:
+    """One head's scores of a message's windows, each by two subtractions."""
+
+    def __init__(self, head: Head, runs: Runs) -> None:
+        self._head = head
+        self._offsets = runs.offsets
+        self._sounds = head.sums(runs.sounds)
+        self._syllables = head.sums(runs.syllables)
+
+    def of(self, start: int, end: int) -> float:
+        """Return the score of a window."""
+        return self.share(start, end, start, end) + self._head.bias
+
+    def share(self, start: int, end: int, first: int, last: int) -> float:
+        """Return what a part gives to the score of the window from `first` to `last`."""
+        total = self._sounds[self._offsets[end]] - self._sounds[self._offsets[start]]
+        total += self._syllables[end] - self._syllables[start]
+        total -= ZERO * self._number(start, end)
+        return total * self._head.scale * weight_of_length(self._number(first, last))
+
+    def _number(self, start: int, end: int) -> int:
+        """Count the runs that begin in a part."""
+        sounds = self._offsets[end] - self._offsets[start]
+        return sounds * len(SOUND_RUNS) + (end - start) * len(SYLLABLE_RUNS)
+
+
+DETECTOR = Detector(WEIGHTS.read_bytes())
+
+
+def signal_in(message: str) -> Signal | None:
+    """Return what in a message asks for a helpline; None where nothing does.
+
+    Up to 1 ms for 100 characters and 15 ms for 2,000, whatever they are.
+    """
+    return DETECTOR.signal_in(message)
+
+
+def main(messages: Sequence[str]) -> None:
+    """Print the signal of each message, and what spoke for it: words by the weight of the runs that begin in them."""
+    for message in messages:
+        print(f"{DETECTOR.signal_in(message) or 'none'}: {message}")  # noqa: T201
+        runs = runs_of(message)
+        for judgement in DETECTOR.judgements(message):
+            spoke = ", ".join(f"{word} {share:+.1f}" for word, share in shares(runs, judgement))
+            print(f"  {judgement.signal} by {judgement.score:.2f}: {spoke}")  # noqa: T201
+
+
+def shares(runs: Runs, judgement: Judgement) -> list[tuple[str, float]]:
+    """Return the words of a window with what each gave to the score, the weightiest first."""
+    scores, window = Scores(DETECTOR.risk, runs), (judgement.start, judgement.end)
+    found = re.compile("[^ |]+").finditer(runs.text, *window)
+    words = [(match[0], scores.share(match.start(), match.end(), *window)) for match in found]
+    return sorted(words, key=lambda word: -word[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import Self
 
 
@@ -40,6 +40,38 @@ class Prompt:
     at_risk: bool = False  # has spoken of suicide or self-harm, now or earlier in the session
 
 
+class Notice(Enum):
+    """What a counsellor tells the server, and no person."""
+
+    RISK = "risk"  # the person's words, in the light of the whole conversation, hold a sign that needs a helpline
+
+
+# What a model is asked to write for Notice.RISK: nobody would say it.
+RISK_MARKER = "[[109]]"
+
+
+class MarkerFilter:
+    """Takes the marker out of a text that comes in pieces, and holds back nothing that cannot begin one."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def feed(self, text: str) -> list[str | Notice]:
+        """Return what can be told so far: text without the marker, and the notice in its place."""
+        *before, last = (self._held + text).split(RISK_MARKER)
+        held = next(size for size in range(len(RISK_MARKER) - 1, -1, -1) if last.endswith(RISK_MARKER[:size]))
+        self._held = last[len(last) - held :]
+        pieces: list[str | Notice] = []
+        for piece in before:
+            pieces += [piece, Notice.RISK]
+        return [piece for piece in (*pieces, last[: len(last) - held]) if piece]
+
+    def rest(self) -> str:
+        """Return what was held back, once no more comes."""
+        held, self._held = self._held, ""
+        return held
+
+
 class CounsellorError(Exception):
     """A reply cannot be had whole."""
 
@@ -71,5 +103,5 @@ class Counsellor(ABC):
         """Get ready, without waiting: somebody has come, and is about to speak."""
 
     @abstractmethod
-    def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
+    def reply(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
         """Yield the reply in pieces as they are written; raise Failed or Blocked where it cannot be had whole."""

@@ -6,13 +6,13 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator
 
-from bemore.counsellor import Counsellor, Emotion, Prompt
+from bemore.counsellor import Counsellor, Emotion, Notice, Prompt
 
 WORD_SECONDS = 0.12  # about the pace at which Korean is spoken
 
 RISK_REPLIES = (
-    "저는 체험용이라 충분히 도와드릴 수 없어요. 지금 안전한 곳에 계신가요? 믿을 수 있는 사람에게 바로 연락해 주세요.",
-    "지금 곁에 누가 있나요? 저는 체험용이니, 꼭 사람과 직접 이야기해 주셨으면 해요.",
+    "지금 안전한 곳에 계신가요? 저는 체험용이니, 믿을 수 있는 사람에게 바로 연락해 주세요.",
+    "지금 곁에 누가 있나요? 저는 체험용이라, 사람과 직접 이야기해 주셨으면 해요.",
 )
 GREETING = "안녕하세요. 지금은 체험용이라 미리 준비한 문장으로 답해 드려요."
 REPLIES = {
@@ -67,7 +67,7 @@ class Demo(Counsellor):
 
     name = "demo"
 
-    async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
+    async def reply(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
         for number, word in enumerate(demo_reply(prompt).split(" ")):
             await asyncio.sleep(WORD_SECONDS)
             yield f" {word}" if number else word

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from bemore.counsellor import Blocked, Counsellor, Failed, Prompt
+from bemore.counsellor import Blocked, Counsellor, Failed, MarkerFilter, Notice, Prompt
 
 logger = logging.getLogger("bemore_voice")
 
@@ -137,11 +137,11 @@ class Gemini(Counsellor):
             "generationConfig": self._generation,
         }
 
-    async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
+    async def reply(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
         loop = asyncio.get_running_loop()
         latest = loop.time() + self._reply_timeout
         body = json.dumps(self.request_body(prompt), ensure_ascii=False).encode()
-        spoke = False
+        spoke, marker = False, MarkerFilter()
         try:
             async with asyncio.timeout_at(min(loop.time() + self._first_chunk_timeout, latest)) as limit:
                 for attempt in range(1, ATTEMPTS + 1):
@@ -153,7 +153,10 @@ class Gemini(Counsellor):
                                 if not spoke or until - (limit.when() or 0) > self._chunk_timeout / 100:
                                     limit.reschedule(until)
                                 spoke = True
-                                yield text
+                                for piece in marker.feed(text):
+                                    yield piece
+                        if rest := marker.rest():
+                            yield rest
                         return
                     except TryAgain as error:
                         pause = random.uniform(0.1, 0.2) * 2**attempt if error.pause is None else error.pause

@@ -19,7 +19,7 @@ SCHEMA_LOCK = 0x62656D6F7265
 TABLES_IN_PLACE = """
 SELECT session_id FROM sessions LIMIT 0;
 SELECT id, session_id, user_message, ai_response, emotion, timestamp, created_at FROM conversations LIMIT 0;
-SELECT session_id, full_at FROM token_buckets LIMIT 0;
+SELECT session_id, full_at, at_risk FROM token_buckets LIMIT 0;
 """
 FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 

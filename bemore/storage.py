@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -67,15 +68,18 @@ INSERT INTO token_buckets (session_id, full_at) VALUES ($1, CAST($2 AS BIGINT) +
 ON CONFLICT (session_id) DO UPDATE SET full_at = CAST($3 AS BIGINT)
     + CASE WHEN token_buckets.full_at > CAST($2 AS BIGINT) THEN token_buckets.full_at ELSE CAST($2 AS BIGINT) END
 WHERE token_buckets.full_at + CAST($3 AS BIGINT) <= CAST($2 AS BIGINT) + CAST($4 AS BIGINT)
-RETURNING full_at
+RETURNING at_risk
 """
 FULL_AT = "SELECT full_at FROM token_buckets WHERE session_id = $1"
 
-# With each turn whether the session has ever been told of the helpline, by the crisis lane or by the model.
+# Kept with the bucket, which is there or is made full.
+MARK_AT_RISK = """
+INSERT INTO token_buckets (session_id, full_at, at_risk) VALUES ($1, 0, TRUE)
+ON CONFLICT (session_id) DO UPDATE SET at_risk = TRUE
+"""
+
 HISTORY = """
-SELECT id, user_message, ai_response, EXISTS (
-    SELECT 1 FROM conversations WHERE session_id = CAST($1 AS TEXT) AND ai_response LIKE '%상담전화 109%'
-) FROM conversations
+SELECT id, user_message, ai_response FROM conversations
 WHERE session_id = CAST($1 AS TEXT) ORDER BY id DESC LIMIT CAST($2 AS BIGINT)
 """
 
@@ -100,12 +104,15 @@ WHERE sessions.session_id = CAST($1 AS TEXT) ORDER BY said.id DESC LIMIT CAST($3
 """
 DELETE_SESSION = "DELETE FROM sessions WHERE session_id = $1 RETURNING session_id"  # the rest goes by its foreign keys
 
-# The smallest honest translation of schema.sql.
+# The smallest honest translation of schema.sql; SQLite knows no ADD COLUMN IF NOT EXISTS and must be asked first.
 SQLITE_SPELLINGS = {
     "BIGSERIAL PRIMARY KEY": "INTEGER PRIMARY KEY AUTOINCREMENT",
     "TIMESTAMPTZ": "TEXT",
     "DEFAULT now()": "DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))",
 }
+
+
+ADD_COLUMN = re.compile(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+) (.*);")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,21 +152,26 @@ class Storage(ABC):
         """Create a session where there is none yet; raise NotPermitted where only another service may."""
         await self.fetch(CREATE_SESSION, session_id)
 
-    async def take_token(self, session_id: str, now_us: int, per_minute: int) -> None:
-        """Take one of the session's tokens, or raise NoToken."""
+    async def take_token(self, session_id: str, now_us: int, per_minute: int) -> bool:
+        """Take one of the session's tokens and return whether the session is at risk, or raise NoToken."""
         refill = 60_000_000 // per_minute
         bucket = refill * per_minute
-        if not await self.fetch(TAKE_TOKEN, session_id, now_us, refill, bucket):
+        taken = await self.fetch(TAKE_TOKEN, session_id, now_us, refill, bucket)
+        if not taken:
             wait_us = max(
                 (full_at + refill - bucket - now_us for (full_at,) in await self.fetch(FULL_AT, session_id)), default=0
             )
             raise NoToken(max(1, -(-wait_us // 1000)))
+        ((at_risk,),) = taken
+        return bool(at_risk)
 
-    async def history(self, session_id: str, turns: int = HISTORY_TURNS) -> tuple[list[Turn], bool]:
-        """Return the session's last turns, the oldest first, and whether it is at risk."""
-        rows = await self.fetch(HISTORY, session_id, turns)
-        told = any(at_risk for *_, at_risk in rows)
-        return [Turn(id_, message, reply) for id_, message, reply, _ in reversed(rows)], told
+    async def mark_at_risk(self, session_id: str) -> None:
+        """Note, for as long as the session lasts, that it holds a sign of danger."""
+        await self.fetch(MARK_AT_RISK, session_id)
+
+    async def history(self, session_id: str, turns: int = HISTORY_TURNS) -> list[Turn]:
+        """Return the session's last turns, the oldest first."""
+        return [Turn(*row) for row in reversed(await self.fetch(HISTORY, session_id, turns))]
 
     async def add_turn(self, session_id: str, turn: NewTurn, last_id: int) -> None:
         """Store a turn once, however often this is called; `last_id` is the last turn's before it, or 0."""
@@ -187,6 +199,13 @@ def json_value(value: object) -> object:
     return value
 
 
+def sqlite_schema(schema: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return schema.sql in SQLite's words, and apart from it the columns that are added: table, name, definition."""
+    for postgres, sqlite in SQLITE_SPELLINGS.items():
+        schema = schema.replace(postgres, sqlite)
+    return ADD_COLUMN.sub("", schema), ADD_COLUMN.findall(schema)
+
+
 class SQLite(Storage):
     """One connection, in a thread of its own; in autocommit, each statement is its own transaction."""
 
@@ -198,9 +217,6 @@ class SQLite(Storage):
         self.where = f"SQLite {self._path}"
 
     async def __aenter__(self) -> Self:
-        schema = SCHEMA.read_text(encoding="utf-8")
-        for postgres, sqlite in SQLITE_SPELLINGS.items():
-            schema = schema.replace(postgres, sqlite)
         try:
             if self._path != ":memory:":
                 with contextlib.suppress(OSError):  # it is there, or SQLite says below what is wrong
@@ -208,13 +224,23 @@ class SQLite(Storage):
             sqlite3.connect(self._path).close()  # where it cannot be opened, aiosqlite's thread outlives the loop
             self._connection = await aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
             await self._connection.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;\n" + schema
+                "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;"
             )
+            await self._apply_schema()
             await self._empty_log()  # a process that was killed may have left there what it erased
         except sqlite3.Error as error:
             await self.__aexit__()
             raise Unavailable(str(error)) from None
         return self
+
+    async def _apply_schema(self) -> None:
+        assert self._connection is not None
+        schema, added = sqlite_schema(SCHEMA.read_text(encoding="utf-8"))
+        await self._connection.executescript(schema)
+        for table, column, rest in added:
+            rows = await self._connection.execute_fetchall(f"SELECT name FROM pragma_table_info('{table}')")
+            if column not in {name for (name,) in rows}:
+                await self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {rest}")
 
     async def __aexit__(self, *_: object) -> None:
         if self._emptying is not None:

@@ -18,7 +18,7 @@ import jwt
 from aiohttp import web
 from tools import PATIENCE
 
-from bemore.counsellor import Counsellor, Prompt
+from bemore.counsellor import Counsellor, Notice, Prompt
 from bemore.settings import Settings, read_settings
 from bemore.storage import Storage, Unavailable
 from bemore_voice import SESSIONS, Session, Sessions, create_app, make_runner, make_storage
@@ -93,12 +93,17 @@ class Talk:
         self.asked = asyncio.Event()
         self.closed = asyncio.Event()
         self.prompt: Prompt | None = None
-        self._words: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+        self._words: asyncio.Queue[str | Notice | BaseException | None] = asyncio.Queue()
 
     def say(self, *words: str) -> Self:
         for word in words:
             hear(word)
             self._words.put_nowait(word)
+        return self
+
+    def notice(self) -> Self:
+        """Tell the server that the person is in danger."""
+        self._words.put_nowait(Notice.RISK)
         return self
 
     def end(self) -> Self:
@@ -109,7 +114,7 @@ class Talk:
         self._words.put_nowait(error)
         return self
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[str, None]:
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
         self.prompt = prompt
         self.asked.set()
         try:
@@ -135,7 +140,7 @@ class ScriptedCounsellor(Counsellor):
         self.talks.append(Talk())
         return self.talks[-1]
 
-    async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
+    async def reply(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
         self.prompts.append(prompt)
         talk = self.talks.popleft() if self.talks else Talk().say("들은 말: ", prompt.message).end()
         stream = talk.stream(prompt)

@@ -25,6 +25,6 @@ def test_the_demo_answers_anything(message: str) -> None:
 
 async def test_the_demo_streams_word_by_word() -> None:
     prompt = Prompt("", "네", [Turn(1, "", "")])
-    words = [word async for word in Demo().reply(prompt)]
+    words = [str(word) async for word in Demo().reply(prompt)]
     assert len(words) > 5
     assert "".join(words) == demo_reply(prompt)

@@ -43,7 +43,7 @@ async def model(gemini: GeminiStandIn) -> AsyncIterator[Gemini]:
 
 async def read(model: Gemini, prompt: Prompt = PROMPT) -> list[str]:
     async with aclosing(model.reply(prompt)) as texts:
-        return [text async for text in texts]
+        return [str(text) async for text in texts]
 
 
 async def failure_of(model: Gemini) -> tuple[list[str], Failed]:
@@ -52,7 +52,7 @@ async def failure_of(model: Gemini) -> tuple[list[str], Failed]:
     async def collect() -> None:
         async with aclosing(model.reply(PROMPT)) as pieces:
             async for text in pieces:
-                texts.append(text)  # noqa: PERF401 - what came before the failure counts
+                texts.append(str(text))  # noqa: PERF401 - what came before the failure counts
 
     with pytest.raises(Failed) as caught:
         await collect()
@@ -197,7 +197,7 @@ async def test_what_the_safety_filter_holds_back_is_told_as_such(
     async def collect() -> None:
         async with aclosing(model.reply(PROMPT)) as pieces:
             async for text in pieces:
-                texts.append(text)  # noqa: PERF401 - what came before counts
+                texts.append(str(text))  # noqa: PERF401 - what came before counts
 
     with pytest.raises(Blocked):
         await collect()

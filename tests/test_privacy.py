@@ -32,19 +32,11 @@ from support import (
 from tools import until
 from yarl import URL
 
-from bemore.care import CARE, Signal
+from bemore.care import FIRST, Signal
 from bemore.counsellor import Emotion
 from bemore.demo import Demo
 from bemore.storage import ADD_TURN, DELETE_SESSION, SCHEMA, NewTurn
-from bemore_voice import (
-    BASE_PROMPT,
-    GUIDANCE,
-    SESSIONS,
-    LogFormatter,
-    log_stray_exception,
-    make_counsellor,
-    make_storage,
-)
+from bemore_voice import SESSIONS, LogFormatter, log_stray_exception, make_counsellor, make_storage, system_prompt
 
 PLEA = "이제 정말 죽고 싶어요"
 
@@ -213,7 +205,7 @@ async def test_on_sqlite_the_bytes_leave_the_file_and_its_log(tmp_path: Path, ch
         assert any(CANARY.encode() in file.read_bytes() for file in files)
         await storage.delete_session("s3")
         assert not any(CANARY.encode() in file.read_bytes() for file in files)
-        assert len((await storage.history("s2"))[0]) == 10
+        assert len(await storage.history("s2")) == 10
 
 
 async def test_the_log_of_changes_is_emptied_once_no_other_program_reads_it(
@@ -349,7 +341,7 @@ async def test_whoever_is_in_danger_is_answered_also_after_erasing(server: Serve
         assert await erase(server) == 204
         await client.ask(PLEA)
         frames = await client.reply()
-        assert (text_of(frames), kinds_of(frames)[-1]) == (CARE[Signal.EXPLICIT], "complete")
+        assert (text_of(frames), kinds_of(frames)[-1]) == (FIRST[Signal.EXPLICIT], "complete")
         await client.cut()
     await until(lambda: not server.sessions)  # nothing is kept for its return
     assert not list(await server.storage.fetch("SELECT * FROM conversations"))
@@ -461,7 +453,7 @@ async def test_nothing_that_a_client_sends_reaches_the_instruction(gemini: Gemin
             await server.storage.fetch("DELETE FROM token_buckets")
             (request,) = gemini.requests
             known = emotion if emotion in list(Emotion) else Emotion.NEUTRAL
-            instruction = {"parts": [{"text": f"{BASE_PROMPT}\n{GUIDANCE[Emotion(str(known))]}"}]}
+            instruction = {"parts": [{"text": system_prompt(Emotion(str(known)))}]}
             assert request["body"]["systemInstruction"] == instruction
             for content in request["body"]["contents"]:
                 assert (INJECTION in content["parts"][0]["text"]) == (content["role"] == "user")

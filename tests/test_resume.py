@@ -14,7 +14,7 @@ from tools import until
 
 import bemore_voice
 from bemore.counsellor import Failed
-from bemore_voice import make_storage
+from bemore_voice import FRAMES_AT_ONCE, Socket, make_storage
 
 IMPATIENT = aiohttp.ClientWSTimeout(ws_close=0.1)
 WORDS = [f"낱말{number} " for number in range(20)]
@@ -389,14 +389,29 @@ async def test_two_requests_in_one_tick_on_two_sockets_are_both_answered(server:
     assert sorted(rows) == sorted([f"{side} {number}" for side in ("왼쪽", "오른쪽") for number in range(20)])
 
 
-async def test_a_flood_of_pings_is_answered_or_cut_off_and_holds_up_nobody(server: Server) -> None:
+async def test_a_socket_that_sends_more_than_its_budget_is_closed_and_holds_up_nobody(server: Server) -> None:
     async with server.connect("가") as flood, server.connect("나") as client:
-        for _ in range(2000):
+        for _ in range(200):
             await flood.ws.send_str('{"type": "ping"}')
         await client.ask()
         assert kinds_of(await client.reply())[-1] == "complete"
-        for _ in range(2000):
+        for _ in range(FRAMES_AT_ONCE):
             assert (await flood.frame())["type"] == "pong"
+        assert await flood.closed() == aiohttp.WSCloseCode.POLICY_VIOLATION
+
+
+async def test_control_frames_count_too(server: Server) -> None:
+    async with server.connect() as flood:
+        for _ in range(100):
+            await flood.ws.ping()
+        assert await flood.closed() == aiohttp.WSCloseCode.POLICY_VIOLATION
+
+
+def test_a_budget_is_full_again_after_a_while() -> None:
+    socket = Socket(asyncio.Transport())
+    assert [socket.take_frame(1000.0) for _ in range(FRAMES_AT_ONCE + 1)] == [True] * FRAMES_AT_ONCE + [False]
+    assert not socket.take_frame(1000.0)
+    assert socket.take_frame(2000.0)
 
 
 # The end of the process
@@ -422,7 +437,7 @@ async def test_a_reply_that_does_not_end_in_time_ends_as_by_a_cancel(
         await ending
         assert talk.closed.is_set()
     async with make_storage(settings) as storage:
-        assert [(turn.user_message, turn.ai_response) for turn in (await storage.history("가"))[0]] == [("하나", "가")]
+        assert [(turn.user_message, turn.ai_response) for turn in await storage.history("가")] == [("하나", "가")]
 
 
 async def test_a_client_that_does_not_say_goodbye_does_not_hold_the_end_up(

@@ -460,7 +460,7 @@ async def test_a_cancel_before_the_first_text_completes_without_a_begin_and_stor
         (frame,) = await client.reply()
         assert frame["interrupted"] is True
         await talk.closed.wait()
-        for _ in range(20):  # in the same breath as the request
+        for _ in range(12):  # in the same breath as the request
             await client.ask()
             await client.send("cancel_ai_response")
             frames = await client.reply()
