@@ -3,8 +3,8 @@
     .venv/bin/python care/measure.py [--misses 10]
 
 The table is docs/safety.md's. Groups of signs count as found by any signal; in parentheses the share that raised the
-very signal. The last columns are false alarms. `--misses` lists sentences that were missed, and that were falsely raised,
-the clearest of these first. A set named by --unseen FILE is judged by the detector as it is.
+very signal. The last columns are false alarms. `--misses` lists sentences that were missed, and that were falsely
+raised, the clearest of these first. A set named by --unseen FILE is judged by the detector as it is.
 """
 
 import argparse
