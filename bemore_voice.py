@@ -84,6 +84,8 @@ STALL_SECONDS = 10  # a socket that has not taken its frames after so long is cl
 CLOSE_SECONDS = 2  # for the peer's half of the closing handshake
 DRAIN_SECONDS = 10  # for replies in progress on SIGTERM
 STORE_SECONDS = 5  # a turn's insert is tried again for so long
+PLEA_WAITS_SECONDS = 0.03  # for the row of the reply before it; an insert takes a tenth of that
+MARK_SECONDS = 5  # between two tries to mark a session that is at risk
 HANDSHAKE_SECONDS = 75  # for a request's header, and between two requests; longer than a proxy keeps its own end open
 BODY_SECONDS = 10  # for a request's body
 MAX_BODY_BYTES = 16 * 1024  # no route needs one; some clients send an empty object
@@ -482,17 +484,18 @@ class Pace:
         self._held = ""
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, text: str) -> None:
-        """Pass text on, at once where the gap is over."""
+    def add(self, text: str, *, at_once: bool = False) -> None:
+        """Pass text on, at once where the gap is over or does not matter."""
         self._held += text
-        if self._held and self._timer is None:
-            if self._loop.time() >= self._due:
-                self._flush()
-            else:
-                self._timer = self._loop.call_at(self._due, self._flush)
+        if at_once or (self._held and self._timer is None and self._loop.time() >= self._due):
+            self._flush()
+        elif self._held and self._timer is None:
+            self._timer = self._loop.call_at(self._due, self._flush)
 
     def _flush(self) -> None:
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         text, self._held = self._held, ""
         self._send(text)
         self._due = self._loop.time() + self._seconds
@@ -507,8 +510,8 @@ class Pace:
     async def rest(self) -> None:
         """Wait until nothing is held any more."""
         if self._timer is not None:
-            self._timer.cancel()
             await asyncio.sleep(self._due - self._loop.time())
+        if self._held:
             self._flush()
 
 
@@ -528,6 +531,8 @@ class Reply:
         self.admission: asyncio.Task[Prompt] | None = None
         self.past_rate = False  # the prepared sentence is still said, but costs nothing that lasts
         self.listening: asyncio.Timeout | None = None  # to the counsellor
+        self.keeping: asyncio.Timeout | None = None  # what was said, in the database
+        self.hurried = False
         self.outcome = ""
         self.cause = ""
 
@@ -549,6 +554,12 @@ class Reply:
         if self.listening is not None and not self.interrupted:
             self.listening.reschedule(0)
         self.interrupted = True
+
+    def hurry(self) -> None:
+        """Wait for the database no longer than a plea for help may wait."""
+        if self.keeping is not None and not self.hurried:
+            self.keeping.reschedule(loop_time() + PLEA_WAITS_SECONDS)
+            self.hurried = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -609,12 +620,14 @@ class Session:
         self._forget = forget
         self._erased = False
         self._refusal: Failure | None = None  # of every request from now on
-        self._told: set[Signal] = set()  # whose prepared sentence was said in full
+        self._hurried = False
+        self._told: frozenset[Signal] = frozenset()  # whose prepared sentence was said in full
         self._at_risk = self._at_risk_marked = False  # as far as is known here, and in the database
         self._current: Reply | Refusal | None = None
         self._waiting: list[Reply | Refusal] = []  # a deque would take 700 bytes for every silent session
         self._deliveries: list[Delivery[Socket]] = []  # of the reply in progress, and of those still wanted
         self._rest_timer: asyncio.TimerHandle | None = None
+        self._marking: asyncio.Task[None] | None = None
 
     # Sockets come and go
 
@@ -658,8 +671,10 @@ class Session:
         if self._rest_timer is not None:
             self._rest_timer.cancel()
             self._rest_timer = None
-        unmarked = self._at_risk and not self._at_risk_marked and not self._erased
-        if self.sockets or self.worker is not None or unmarked:  # the next request tries to mark again
+        if self.sockets or self.worker is not None:
+            return
+        if self._unmarked:
+            self._rest_timer = asyncio.get_running_loop().call_later(MARK_SECONDS, self._start_marking)
             return
         self._drop_deliveries()
         if self._deliveries:
@@ -667,6 +682,10 @@ class Session:
             self._rest_timer = asyncio.get_running_loop().call_at(latest, self._rest)
         else:
             self._forget(self)
+
+    def _start_marking(self) -> None:
+        self._rest_timer = None
+        self._marking = asyncio.create_task(self._mark_again())
 
     # Frames come in
 
@@ -694,9 +713,14 @@ class Session:
             self.worker = asyncio.create_task(self._work())
         elif isinstance(item, Reply) and item.urgent:
             self.interrupt()
-            self._waiting.insert(sum(isinstance(other, Reply) and other.urgent for other in self._waiting), item)
+            if isinstance(self._current, Reply):
+                self._current.hurry()
+            self._waiting.insert(self._urgent_waiting(), item)
         else:
             self._waiting.append(item)
+
+    def _urgent_waiting(self) -> int:
+        return sum(isinstance(item, Reply) and item.urgent for item in self._waiting)
 
     def cancel(self) -> None:
         """Stop the reply in progress, and withdraw the requests that wait behind it; a plea is answered in short."""
@@ -709,6 +733,13 @@ class Session:
     def interrupt(self) -> None:
         if isinstance(self._current, Reply):
             self._current.interrupt()
+
+    def hurry(self) -> None:
+        """Stop the reply in progress, and let none wait for the database any more: the process ends."""
+        self._hurried = True
+        self.interrupt()
+        if isinstance(self._current, Reply):
+            self._current.hurry()
 
     def refuse(self, failure: Failure) -> None:
         """Let every request that waits or is still to come be answered by an error, but for pleas for help."""
@@ -743,11 +774,11 @@ class Session:
         """
         delivery = Delivery(self.sockets, lost=reply.asker not in self.sockets)
         self._deliveries.append(delivery)
+        if self._urgent_waiting():
+            reply.interrupt()
         failure = await self._tried(reply, self._speak(reply, delivery))
-        if self._at_risk and not self._at_risk_marked and not self._erased:
-            await self._mark_at_risk(reply)
-        if failure is None and reply.said:
-            failure = await self._tried(reply, self._store(reply))
+        if failure is None and (reply.said or self._unmarked):
+            failure = await self._tried(reply, self._keep(reply))
         if failure is None:
             reply.outcome, end = ("interrupted", INTERRUPTED) if reply.interrupted else ("complete", COMPLETE)
         elif failure.code is not ErrorCode.AI_UNAVAILABLE and not reply.said:
@@ -814,7 +845,7 @@ class Session:
     def _prepared(self, signal: Signal) -> str:
         """Return the sentence for a signal, a shorter one the next time; from now on the session is at risk."""
         sentence = SHORT[signal] if signal in self._told else FIRST[signal]
-        self._told.add(signal)
+        self._told |= {signal}
         self._at_risk = True
         return sentence
 
@@ -850,26 +881,50 @@ class Session:
                     if isinstance(piece, str):
                         pace.add(storable(piece))
                     elif not reply.helpline_named:
-                        pace.add(self._prepared(Signal.EXPLICIT))
+                        pace.add(self._prepared(Signal.EXPLICIT), at_once=True)
                         reply.noticed = True
         except Blocked:
             pace.add((" " if reply.said else "") + (BLOCKED_SHORT if reply.helpline_named else BLOCKED_REPLY))
 
-    async def _mark_at_risk(self, reply: Reply) -> None:
-        """Keep with the session that it is at risk; where the database is away, the next request tries again."""
+    async def _keep(self, reply: Reply) -> None:
+        """Mark the session where it is at risk, and store what was shown, unless somebody in danger waits too long."""
         try:
+            async with asyncio.timeout(None) as reply.keeping:
+                if self._hurried or self._urgent_waiting():
+                    reply.hurry()
+                if self._unmarked:
+                    with contextlib.suppress(StorageError):  # it is tried again
+                        await self._mark_at_risk()
+                if reply.said:
+                    await self._store(reply)
+        except TimeoutError:
+            raise Unavailable("database: given up for a plea that waits") from None
+        finally:
+            reply.keeping = None
+
+    @property
+    def _unmarked(self) -> bool:
+        return self._at_risk and not self._at_risk_marked and not self._erased
+
+    async def _mark_at_risk(self) -> None:
+        """Note in the database that the session is at risk; one that is unknown there has nothing to be noted of."""
+        if self.to_be_created:
+            await self._practice.storage.create_session(self.id)
+            self.to_be_created = False
+        with contextlib.suppress(UnknownSession):
             await self._practice.storage.mark_at_risk(self.id)
-        except UnknownSession:
-            self._at_risk_marked = True  # nothing is kept of it
-        except StorageError as error:
-            reply.cause = failure_of(error).cause
-        else:
-            self._at_risk_marked = True
+        self._at_risk_marked = True
+
+    async def _mark_again(self) -> None:
+        """Try once more, now that nobody asks anything."""
+        with contextlib.suppress(StorageError):
+            await self._mark_at_risk()
+        self._rest()
 
     async def _store(self, reply: Reply) -> None:
         """Store what was shown to whoever had a token, and try for a while where the database does not answer."""
         with contextlib.suppress(Unavailable):
-            await self._admission(reply)  # which a plea that was cut short has not waited for
+            await asyncio.shield(self._admission(reply))  # which a plea that was cut short has not waited for
         utterance, pause = reply.utterance, 0.1
         turn = NewTurn(utterance.message, "".join(reply.said), utterance.emotion, utterance.timestamp)
         give_up = loop_time() + STORE_SECONDS
@@ -974,7 +1029,7 @@ class Sessions:
             session.refuse(SHUTTING_DOWN)
         await self._idle(DRAIN_SECONDS)
         for session in self:
-            session.interrupt()
+            session.hurry()
         for worker in await self._idle(CLOSE_SECONDS):
             worker.cancel()
         sockets = [socket for session in self for socket in session.sockets]

@@ -58,6 +58,8 @@ class MarkerFilter:
 
     def feed(self, text: str) -> list[str | Notice]:
         """Return what can be told so far: text without the marker, and the notice in its place."""
+        if not self._held and RISK_MARKER[0] not in text:
+            return [text]  # nearly always
         *before, last = (self._held + text).split(RISK_MARKER)
         held = next(size for size in range(len(RISK_MARKER) - 1, -1, -1) if last.endswith(RISK_MARKER[:size]))
         self._held = last[len(last) - held :]

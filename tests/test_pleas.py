@@ -176,6 +176,44 @@ async def test_an_explicit_one_cuts_the_reply_in_progress_short_and_goes_ahead_o
     assert [row[:2] for row in await server.rows()] == [("하나", "첫째"), (PLEA, FULL + "네."), ("둘", "들은 말: 둘")]
 
 
+async def test_of_several_explicit_ones_none_waits_for_the_model(
+    server: Server, counsellor: ScriptedCounsellor
+) -> None:
+    for _ in range(3):
+        counsellor.expect()  # and never answers
+    async with server.connect() as client:
+        await send_together(client, ASK, ASK, ASK)
+        for ends in (True, True, False):
+            assert kinds_of([await client.frame(), await client.frame()]) == ["begin", "chunk"]
+            if ends:
+                assert (await client.frame())["interrupted"] is True
+
+
+async def test_it_does_not_wait_for_a_database_that_hangs(counsellor: ScriptedCounsellor, tmp_path: Path) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    storage = FaultyStorage(make_storage(settings))
+    async with serve(settings, counsellor, storage) as server, server.connect() as client:
+        talk = counsellor.expect().say("첫째")
+        await client.ask("하나")
+        await client.frame()
+        await client.frame()
+        free = asyncio.Event()
+
+        async def hang(_: str) -> None:
+            await free.wait()
+
+        storage.wait = hang
+        talk.end()
+        await talk.closed.wait()
+        await client.silent()
+        await client.ask(PLEA)
+        assert (await client.frame())["code"] == "ai_unavailable"  # the reply whose row nobody waits for any more
+        assert kinds_of([await client.frame()]) == ["begin"]
+        assert (await client.frame())["data"] == {"chunk": FULL}
+        free.set()
+        assert kinds_of(await client.reply())[-1] == "complete"
+
+
 @pytest.mark.parametrize("message", [SIGN, THREAT])
 async def test_other_signals_wait_for_their_turn(server: Server, counsellor: ScriptedCounsellor, message: str) -> None:
     talk = counsellor.expect().say("첫째")
@@ -415,6 +453,23 @@ async def test_it_is_not_said_twice_where_both_nets_speak(server: Server, counse
         assert text_of(await client.reply()) == FULL + "네."
 
 
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_it_is_not_held_back_by_the_gap_between_two_chunks(
+    counsellor: ScriptedCounsellor, tmp_path: Path, how: str
+) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", STREAM_CHUNK_INTERVAL_MS=5000)
+    async with serve(settings, counsellor) as server, server.connect() as client:
+        talk = counsellor.expect().say("음, ").notice()
+        if how == "fails":
+            talk.fail(Failed("test"))
+        await client.ask("그냥 그래요")
+        assert text_of([await client.frame() for _ in range(3)]) == "음, " + FULL
+        if how == "is cancelled":
+            await client.send("cancel_ai_response")
+        assert kinds_of(await client.reply()) == ["complete"]
+        assert [row[1] for row in await server.rows()] == ["음, " + FULL]
+
+
 async def test_to_whom_the_model_has_brought_the_helpline_no_error_is_shown(
     server: Server, counsellor: ScriptedCounsellor
 ) -> None:
@@ -485,6 +540,24 @@ async def test_the_mark_is_set_by_the_next_request_where_the_database_was_away(
         assert [row[0] for row in await server.rows()] == ["다른 이야기"]
         assert await storage.take_token("가", 2**52, 6000)
     assert [prompt.at_risk for prompt in counsellor.prompts] == [True]
+
+
+async def test_the_mark_is_tried_again_after_the_person_has_left(
+    counsellor: ScriptedCounsellor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bemore_voice.STORE_SECONDS", 0.1)
+    monkeypatch.setattr("bemore_voice.MARK_SECONDS", 0.1)
+    monkeypatch.setattr("bemore_voice.RESUME_SECONDS", 0.1)
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    storage = FaultyStorage(make_storage(settings))
+    async with serve(settings, counsellor, storage) as server:
+        storage.fail()
+        async with server.connect() as client:  # which cannot create the session
+            await client.ask(PLEA)
+            await client.reply()
+        storage.heal()
+        await until(lambda: not server.sessions)  # nothing is left to be done, or kept
+        assert await storage.take_token("가", 2**52, 6000)
 
 
 async def test_a_refused_cancelled_one_is_marked_too(server: Server) -> None:
