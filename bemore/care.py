@@ -35,7 +35,7 @@ FIRST = {
     Signal.EXPLICIT: "많이 힘드셨겠어요. 말해 주셔서 고마워요. "
     f"{HELPLINE}로 전화해 주세요. 24시간 무료예요. 당장 위험하다면 119에 전화해 주세요. ",
     Signal.INDIRECT: f"그 말씀에 마음이 쓰여요. 혼자 감당하기 벅차시면 {HELPLINE}로 전화해 보세요. ",
-    Signal.VIOLENCE: "그만큼 화가 나고 괴로우시군요. 지금은 그 사람에게서, 다치게 할 수 있는 물건에서 떨어져 주세요. "
+    Signal.VIOLENCE: "많이 화가 나고 괴로우시겠어요. 지금은 그 사람에게서, 다치게 할 수 있는 물건에서 떨어져 주세요. "
     f"누군가 위험하다면 112에, 이야기할 곳이 필요하면 {HELPLINE}로 전화해 주세요. ",
 }
 # Where the first was said in this session already.
