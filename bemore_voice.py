@@ -812,7 +812,7 @@ class Session:
             return None
         if not reply.helpline_named:
             return failure
-        reply.past_rate = failure.code is ErrorCode.RATE_LIMITED
+        reply.past_rate |= failure.code is ErrorCode.RATE_LIMITED
         reply.cause = failure.cause or failure.code
         return None
 
