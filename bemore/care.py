@@ -97,7 +97,8 @@ UNHEARD = re.compile(
 def plain(message: str) -> str:
     """Return a message in simple letters, with a bar where a sentence ends."""
     text = unicodedata.normalize("NFKC", UNHEARD.sub(" ", message)).translate(LONE).lower()
-    text = re.sub(r"[.!?。]+(?=\s|$)", "|", text)
+    text = re.sub(r"[.!?。]+", ".", text)  # first, or a long run of them takes the square of its length
+    text = re.sub(r"\.(?=\s|$)", "|", text)
     text = re.sub(r"[^\w|]+", " ", re.sub("[0-9]+", "0", text))
     return re.sub(" *\\|[ |]*", "|", text).strip(" |")
 
