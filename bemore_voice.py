@@ -15,9 +15,9 @@ Where to find what, from top to bottom
 
 What it stands on, each readable alone, in bemore/: settings, access, care, counsellor, gemini, demo, storage, postgres.
 
-Limits: 2,000 characters a message, 64 KiB a frame (close code 1009), 16 frames waiting in a session (1008), 8 sockets a
-session (429), MAX_CONNECTIONS in all (503), MAX_NEW_SESSIONS_PER_MINUTE an address (429), MAX_AI_REQUESTS_PER_MINUTE
-a session. A reply whose socket was lost is kept for 35 seconds.
+Limits: 2,000 characters a message, 64 KiB a frame (close code 1009), 16 frames waiting in a session and, from a socket,
+60 at once and 10 a second (1008), 8 sockets a session (429), MAX_CONNECTIONS in all (503), MAX_NEW_SESSIONS_PER_MINUTE
+an address (429), MAX_AI_REQUESTS_PER_MINUTE a session. A reply whose socket was lost is kept for 35 seconds.
 """
 
 from __future__ import annotations
@@ -174,8 +174,6 @@ class Failure(Exception):
 def failure_of(error: Exception) -> Failure:
     """Return what a person gets for an error that a leaf raised, or for a mistake of ours."""
     match error:
-        case Failure():
-            return error
         case NoToken():
             return Failure(ErrorCode.RATE_LIMITED, retry_after_ms=error.retry_after_ms)
         case UnknownSession():
@@ -585,7 +583,7 @@ ERASED = Failure(ErrorCode.SESSION_EXPIRED)
 
 
 @dataclass(frozen=True, slots=True)
-class Practice:
+class Services:
     """What every session works with: who answers, where turns are kept, the time, and the house rules."""
 
     storage: Storage
@@ -605,18 +603,18 @@ class Practice:
 class Session:
     """A conversation: its sockets, the frames that wait, one worker that answers them in order.
 
-    It lives while it has a socket, a reply in progress, or a reply that a lost socket may come back for; then it calls
-    `forget`.
+    It lives while it has a socket, a reply in progress, a reply that a lost socket may come back for, or a mark that
+    the database could not take yet; then it calls `forget`.
     """
 
-    def __init__(self, session_id: str, practice: Practice, forget: Callable[[Session], None]) -> None:
+    def __init__(self, session_id: str, services: Services, forget: Callable[[Session], None]) -> None:
         self.id = session_id
         self.sockets: set[Socket] = set()
         self.to_be_created = False  # on connect, but the database was away
         self.storing = asyncio.Lock()  # held while a turn is written, and while all of them are erased
         self.worker: asyncio.Task[None] | None = None
         self.seq = 0  # of the last frame of a reply
-        self._practice = practice
+        self._services = services
         self._forget = forget
         self._erased = False
         self._refusal: Failure | None = None  # of every request from now on
@@ -635,7 +633,7 @@ class Session:
         """Add a socket, and send it what it may have missed."""
         if not self.sockets and self.worker is None:
             # From the clock, so that no number comes again after a restart, nor after a time on another replica.
-            self.seq = max(self.seq, self._practice.now_us())
+            self.seq = max(self.seq, self._services.now_us())
         self.sockets.add(socket)
         self._drop_deliveries()
         for delivery in self._deliveries:
@@ -699,7 +697,7 @@ class Session:
         item = Reply(socket, asked, now) if isinstance(asked, Utterance) else Refusal(socket, asked, now)
         if self._refusal is not None:
             item = refused_unless_plea(item, self._refusal)
-        if isinstance(asked, Utterance) and self._practice.barge_in:
+        if isinstance(asked, Utterance) and self._services.barge_in:
             self.cancel()
         if not is_plea(item) and self.worker is not None and len(self._waiting) >= MAX_WAITING_FRAMES:
             self._waiting = [other for other in self._waiting if other.asker is not socket or is_plea(other)]
@@ -826,7 +824,7 @@ class Session:
             self._send(delivery, chunk(text))
             reply.said.append(text)
 
-        pace = Pace(self._practice.gap_seconds, say)
+        pace = Pace(self._services.gap_seconds, say)
         if reply.signal is not None:
             pace.add(self._prepared(reply.signal))  # before anything that can fail or take time
         if reply.interrupted or (is_plea(reply) and self._refusal is not None):
@@ -858,14 +856,14 @@ class Session:
 
     async def _admit(self, reply: Reply) -> Prompt:
         """Take a token and read what was said before; raise StorageError where the session may not ask."""
-        practice, utterance = self._practice, reply.utterance
+        services, utterance = self._services, reply.utterance
         if self.to_be_created:
-            await practice.storage.create_session(self.id)
+            await services.storage.create_session(self.id)
             self.to_be_created = False
         # Both at once: the model waits for them. A history that was read in vain costs less than its round trip.
         marked, history = await asyncio.gather(
-            practice.storage.take_token(self.id, practice.now_us(), practice.requests_per_minute),
-            practice.storage.history(self.id),
+            services.storage.take_token(self.id, services.now_us(), services.requests_per_minute),
+            services.storage.history(self.id),
         )
         reply.last_turn = history[-1].id if history else 0
         self._at_risk_marked |= marked
@@ -876,7 +874,7 @@ class Session:
     async def _listen(self, reply: Reply, prompt: Prompt, pace: Pace) -> None:
         """Pass on what the counsellor says; where it notices a sign of danger, the prepared sentence comes first."""
         try:
-            async with contextlib.aclosing(self._practice.counsellor.reply(prompt)) as pieces:
+            async with contextlib.aclosing(self._services.counsellor.reply(prompt)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, str):
                         pace.add(storable(piece))
@@ -909,10 +907,10 @@ class Session:
     async def _mark_at_risk(self) -> None:
         """Note in the database that the session is at risk; one that is unknown there has nothing to be noted of."""
         if self.to_be_created:
-            await self._practice.storage.create_session(self.id)
+            await self._services.storage.create_session(self.id)
             self.to_be_created = False
         with contextlib.suppress(UnknownSession):
-            await self._practice.storage.mark_at_risk(self.id)
+            await self._services.storage.mark_at_risk(self.id)
         self._at_risk_marked = True
 
     async def _mark_again(self) -> None:
@@ -932,7 +930,7 @@ class Session:
             try:
                 async with self.storing:
                     if not self._erased:
-                        await self._practice.storage.add_turn(self.id, turn, reply.last_turn)
+                        await self._services.storage.add_turn(self.id, turn, reply.last_turn)
                 return
             except Unavailable:
                 if loop_time() + pause > give_up:
@@ -984,8 +982,8 @@ def log_answer(session_id: str, item: Reply | Refusal, refused: Failure | None, 
 class Sessions:
     """The sessions of this process that have something to do."""
 
-    def __init__(self, practice: Practice) -> None:
-        self.practice = practice
+    def __init__(self, services: Services) -> None:
+        self.services = services
         self.draining = False
         self._sessions: dict[str, Session] = {}
         self._erased: set[Session] = set()  # with sockets that are still open
@@ -998,7 +996,7 @@ class Sessions:
 
     def get(self, session_id: str) -> Session:
         """Return the session's object, a new one where it has had nothing to do."""
-        return self._sessions.setdefault(session_id, Session(session_id, self.practice, self.forget))
+        return self._sessions.setdefault(session_id, Session(session_id, self.services, self.forget))
 
     def known(self, session_id: str) -> Session | None:
         """Return the session's object where it has something to do."""
@@ -1014,9 +1012,9 @@ class Sessions:
 
         Its open sockets stay with what is erased: a new session of the same name shares nothing with them.
         """
-        session = self.known(session_id) or Session(session_id, self.practice, self.forget)
+        session = self.known(session_id) or Session(session_id, self.services, self.forget)
         async with session.storing:  # a turn is written before this, or never
-            await self.practice.storage.delete_session(session_id)
+            await self.services.storage.delete_session(session_id)
             if (erased := self._sessions.pop(session_id, None)) is not None:
                 self._erased.add(erased)
                 erased.erase()
@@ -1175,15 +1173,15 @@ def check_access(request: web.Request, *, token_required: bool = True) -> str:
 
 async def make_session(request: web.Request) -> web.Response:
     """POST /api/sessions: make a session and tell where to talk to it."""
-    settings, practice = request.app[SETTINGS], request.app[SESSIONS].practice
+    settings, services = request.app[SETTINGS], request.app[SESSIONS].services
     address = access.countable_address(request.remote or "", forwarded(request, "X-Forwarded-For"))
     if wait := request.app[NEW_SESSIONS].take(address):
         raise HttpRefusal("too_many_sessions", retry_after=wait)
     session_id = secrets.token_urlsafe(24)
-    await practice.storage.create_session(session_id)
+    await services.storage.create_session(session_id)
     body = {"session_id": session_id, "websocket_path": f"/ws/session/{session_id}"}
     if settings.jwt_secret_key:
-        expires = int(practice.clock() + settings.session_ttl_hours * 3600)
+        expires = int(services.clock() + settings.session_ttl_hours * 3600)
         body["token"] = access.issue_token(settings.jwt_secret_key, session_id, expires)
     return web.json_response(body, status=201)
 
@@ -1193,7 +1191,7 @@ async def read_conversations(request: web.Request) -> web.Response:
     session_id = check_access(request)
     limit = read_number(request, "limit", DEFAULT_PAGE_TURNS, MAX_PAGE_TURNS)
     before = read_number(request, "before", MAX_ID, MAX_ID)
-    turns = await request.app[SESSIONS].practice.storage.conversations(session_id, limit, before)
+    turns = await request.app[SESSIONS].services.storage.conversations(session_id, limit, before)
     return web.json_response({"session_id": session_id, "conversations": turns}, dumps=ENCODER.encode)
 
 
@@ -1213,13 +1211,13 @@ async def erase_session(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     """GET /health: 200 while the database answers, else 503."""
-    practice, status = request.app[SESSIONS].practice, 200
+    services, status = request.app[SESSIONS].services, 200
     try:
-        await practice.storage.ping()
+        await services.storage.ping()
     except StorageError:
         status = 503
     state = "ok" if status == 200 else "unavailable"
-    body = {"status": state, "database": state, "ai": practice.counsellor.name, "version": __version__}
+    body = {"status": state, "database": state, "ai": services.counsellor.name, "version": __version__}
     return web.json_response(body, status=status)
 
 
@@ -1266,7 +1264,7 @@ async def open_socket(request: web.Request, session_id: str) -> web.StreamRespon
     if to_be_created:
         # A database that is away keeps nobody from connecting: a lost reply may wait here for this socket.
         with contextlib.suppress(StorageError):
-            await sessions.practice.storage.create_session(session_id)
+            await sessions.services.storage.create_session(session_id)
             to_be_created = False
     # From here to join() nothing waits for anything, so that the count still holds.
     if sessions.draining:
@@ -1276,7 +1274,7 @@ async def open_socket(request: web.Request, session_id: str) -> web.StreamRespon
         raise HttpRefusal("too_many_sockets")
     if request.transport is None:
         raise ConnectionResetError("the client left during the handshake")
-    sessions.practice.counsellor.prepare()
+    sessions.services.counsellor.prepare()
     socket = Socket(request.transport)
     await socket.ws.prepare(request)
     socket.ws.headers.clear()  # sent; they would take 1.4 KiB for as long as the socket is open
@@ -1285,17 +1283,17 @@ async def open_socket(request: web.Request, session_id: str) -> web.StreamRespon
     said_goodbye = False
     try:
         session.join(socket)
-        said_goodbye = await read_socket(socket, session, sessions.practice)
+        said_goodbye = await read_socket(socket, session, sessions.services)
     finally:
         session.leave(socket, said_goodbye=said_goodbye)
     return socket.ws
 
 
-async def read_socket(socket: Socket, session: Session, practice: Practice) -> bool:
+async def read_socket(socket: Socket, session: Session, services: Services) -> bool:
     """Hand over what a socket sends until it closes; tell whether its peer closed it as one should."""
     while (message := await socket.ws.receive()).type in SPOKEN:
         session.hear(socket, message.data if message.type is WSMsgType.PONG else None)
-        if not (socket.take_frame(loop_time()) and take_message(message, socket, session, practice.now_ms())):
+        if not (socket.take_frame(loop_time()) and take_message(message, socket, session, services.now_ms())):
             await socket.ws.close(code=WSCloseCode.POLICY_VIOLATION, message=b"too many frames", drain=False)
             return False
         await asyncio.sleep(0)  # what has arrived together is read one by one: others have their turn in between
@@ -1346,7 +1344,7 @@ def create_app(
     monotonic: Callable[[], float] = time.monotonic,
 ) -> web.Application:
     """Wire the server; `storage` and `counsellor` are opened at start and closed after the last reply."""
-    practice = Practice(
+    services = Services(
         storage,
         counsellor,
         clock,
@@ -1356,10 +1354,10 @@ def create_app(
     )
     app = web.Application(middlewares=[answer_refusals], client_max_size=MAX_BODY_BYTES)
     app[SETTINGS] = settings
-    app[SESSIONS] = Sessions(practice)
+    app[SESSIONS] = Sessions(services)
     app[CONNECTIONS] = asyncio.Semaphore(settings.max_connections)
     app[NEW_SESSIONS] = access.AddressLimit(settings.max_new_sessions_per_minute, monotonic)
-    app.cleanup_ctx.append(open_practice)
+    app.cleanup_ctx.append(open_services)
     app.on_response_prepare.append(add_headers)
     app.router.add_get(r"/ws/session/{session_id:[\s\S]*}", session_socket)
     app.router.add_post("/api/sessions", make_session)
@@ -1371,18 +1369,18 @@ def create_app(
     return app
 
 
-async def open_practice(app: web.Application) -> AsyncIterator[None]:
+async def open_services(app: web.Application) -> AsyncIterator[None]:
     """Open the storage and the counsellor, and close them after the last reply."""
-    practice = app[SESSIONS].practice
+    services = app[SESSIONS].services
     try:
-        await practice.storage.__aenter__()
+        await services.storage.__aenter__()
     except Unavailable as error:
-        raise ConfigError(f"DATABASE_URL: cannot use {practice.storage.where} ({error.cause})") from None
+        raise ConfigError(f"DATABASE_URL: cannot use {services.storage.where} ({error.cause})") from None
     try:
-        async with practice.counsellor:
+        async with services.counsellor:
             yield
     finally:
-        await practice.storage.__aexit__()
+        await services.storage.__aexit__()
 
 
 class Runner(web.AppRunner):
@@ -1496,7 +1494,7 @@ async def serve(settings: Settings) -> None:
             with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends the loop by itself
                 loop.add_signal_handler(number, stop.set)
         host, port = runner.addresses[0][:2]
-        where = runner.app[SESSIONS].practice.storage.where
+        where = runner.app[SESSIONS].services.storage.where
         answers = "demo mode, replies are canned" if settings.demo else f"model {settings.gemini_model}"
         gc.freeze()  # what the imports made stays for good: without it full collections are cheap, and come in time
         logger.info("BeMore voice %s on http://%s:%d, %s, %s", __version__, host, port, where, answers)

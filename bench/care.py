@@ -19,6 +19,7 @@ MESSAGES = {
     "2,000 of a plea over and over": "죽고 싶어요 " * 300,
     "2,000 syllables": "".join(chr(0xAC00 + at * 7919 % 11172) for at in range(2000)),
     "2,000 in sentences of one letter": "죽. " * 700,
+    "2,000 of full stops that are no end": "…" * 1999 + "x",
     "2,000 of a letter that becomes three": "㈀" * 2000,
     "2,000 of a letter that becomes 18": "\ufdfa" * 2000,
 }

@@ -25,7 +25,7 @@ def judge(detector: care.Detector, rows: list[tuple[str, str]]) -> list[Row]:
     for group, sentence in rows:
         found = detector.judgements(sentence)
         score = max((judgement.score for judgement in found), default=0.0)
-        judged.append((group, sentence, detector.signal_in(sentence) if found else None, score))
+        judged.append((group, sentence, care.most_urgent(found), score))
     return judged
 
 

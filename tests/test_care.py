@@ -84,6 +84,7 @@ LONGEST = {
     "syllables": "".join(chr(0xAC00 + at * 7919 % 11172) for at in range(2000)),
     "a plea over and over": ("죽고 싶어요 " * 300)[:2000],
     "sentences of one letter": "죽. " * 666,
+    "full stops that are no end": "…" * 1999 + "x",
     "a letter that becomes 18": "\ufdfa" * 2000,
     "letters that become three": "㈀" * 2000,
     "Latin": "wnrrh " * 333,
@@ -96,7 +97,7 @@ def test_the_longest_message_is_read_without_holding_others_up(name: str) -> Non
     """A bound that only a runaway passes: bench/care.py measures the time."""
     began = time.process_time()
     signal_in(LONGEST[name])
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - began < 0.2
 
 
 def test_training_anew_gives_the_same_decisions() -> None:

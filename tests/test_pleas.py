@@ -340,7 +340,7 @@ async def test_a_thousand_of_them_cost_nobody_else_anything(tmp_path: Path) -> N
     counsellor = ScriptedCounsellor()
     settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_AI_REQUESTS_PER_MINUTE=3)
     async with serve(settings, counsellor) as server, server.connect("나") as other:
-        pongs, said = [], 0
+        pongs = []
 
         async def flood() -> int:
             said = 0
