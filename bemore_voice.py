@@ -72,6 +72,7 @@ HERE = Path(__file__).parent
 # Limits
 
 MAX_MESSAGE_CHARACTERS = 2_000  # code points after trimming; what a person says in several minutes
+MAX_REPLY_CHARACTERS = 16_000  # what a model says in ten minutes; the rest is not waited for
 MAX_FRAME_BYTES = 64 * 1024  # 2,000 characters are 24,000 bytes even when each is a pair of \u escapes
 MAX_WAITING_FRAMES = 16  # of one session, behind the one being answered; a plea for help is taken all the same
 FRAMES_AT_ONCE, FRAMES_A_SECOND = 60, 10  # of one socket, control frames too; no frontend comes near it
@@ -83,9 +84,9 @@ RESUME_SECONDS = 35  # the frontend reconnects after 1, 2, 4, 8 and 16 s: it giv
 STALL_SECONDS = 10  # a socket that has not taken its frames after so long is closed
 CLOSE_SECONDS = 2  # for the peer's half of the closing handshake
 DRAIN_SECONDS = 10  # for replies in progress on SIGTERM
-STORE_SECONDS = 5  # a turn's insert is tried again for so long
+STORE_SECONDS = 5  # a turn is tried to be stored for so long
 PLEA_WAITS_SECONDS = 0.03  # for the row of the reply before it; an insert takes a tenth of that
-MARK_SECONDS = 5  # between two tries to mark a session that is at risk
+SETTLE_SECONDS = 5  # between two tries to do what the database still owes
 HANDSHAKE_SECONDS = 75  # for a request's header, and between two requests; longer than a proxy keeps its own end open
 BODY_SECONDS = 10  # for a request's body
 MAX_BODY_BYTES = 16 * 1024  # no route needs one; some clients send an empty object
@@ -524,13 +525,14 @@ class Reply:
         self.accepted = now
         self.first_chunk: float | None = None
         self.said: list[str] = []  # as the person was shown it
-        self.last_turn = 0
+        self.turn: NewTurn | None = None  # from when the first try to store it began
         self.interrupted = False
         self.admission: asyncio.Task[Prompt] | None = None
         self.past_rate = False  # the prepared sentence is still said, but costs nothing that lasts
         self.listening: asyncio.Timeout | None = None  # to the counsellor
         self.keeping: asyncio.Timeout | None = None  # what was said, in the database
         self.hurried = False
+        self.trouble = ""  # by which the database has not taken the turn so far
         self.outcome = ""
         self.cause = ""
 
@@ -553,10 +555,10 @@ class Reply:
             self.listening.reschedule(0)
         self.interrupted = True
 
-    def hurry(self) -> None:
-        """Wait for the database no longer than a plea for help may wait."""
+    def hurry(self, patience: float) -> None:
+        """Wait for the database no longer than so many seconds from now on."""
         if self.keeping is not None and not self.hurried:
-            self.keeping.reschedule(loop_time() + PLEA_WAITS_SECONDS)
+            self.keeping.reschedule(loop_time() + patience)
             self.hurried = True
 
 
@@ -603,17 +605,17 @@ class Services:
 class Session:
     """A conversation: its sockets, the frames that wait, one worker that answers them in order.
 
-    It lives while it has a socket, a reply in progress, a reply that a lost socket may come back for, or a mark that
+    It lives while it has a socket, a reply in progress, a reply that a lost socket may come back for, or something that
     the database could not take yet; then it calls `forget`.
     """
 
-    def __init__(self, session_id: str, services: Services, forget: Callable[[Session], None]) -> None:
+    def __init__(self, session_id: str, services: Services, forget: Callable[[Session], None], seq: int = 0) -> None:
         self.id = session_id
         self.sockets: set[Socket] = set()
         self.to_be_created = False  # on connect, but the database was away
         self.storing = asyncio.Lock()  # held while a turn is written, and while all of them are erased
         self.worker: asyncio.Task[None] | None = None
-        self.seq = 0  # of the last frame of a reply
+        self.seq = seq  # of the last frame of a reply
         self._services = services
         self._forget = forget
         self._erased = False
@@ -625,7 +627,9 @@ class Session:
         self._waiting: list[Reply | Refusal] = []  # a deque would take 700 bytes for every silent session
         self._deliveries: list[Delivery[Socket]] = []  # of the reply in progress, and of those still wanted
         self._rest_timer: asyncio.TimerHandle | None = None
-        self._marking: asyncio.Task[None] | None = None
+        self._withdrawn: list[str] = []  # keys of turns that failed for the person: none of them may be stored
+        self._given_up = False  # by a reply for a plea: the next one finds the database no faster
+        self._settling: asyncio.Task[None] | None = None
 
     # Sockets come and go
 
@@ -664,16 +668,33 @@ class Session:
         now = loop_time()
         self._deliveries = [delivery for delivery in self._deliveries if delivery.wanted(now) and not self._erased]
 
+    @property
+    def _owes(self) -> bool:
+        """Whether there is something that the database has not taken."""
+        return self._unmarked or bool(self._withdrawn)
+
+    @property
+    def _unmarked(self) -> bool:
+        return self._at_risk and not self._at_risk_marked and not self._erased
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """What is to be waited for before the process ends."""
+        return self.worker or self._settling
+
     def _rest(self) -> None:
-        """Be forgotten, now or when nobody can come back for anything any more."""
+        """Settle what is owed, and be forgotten, now or when nobody can come back for anything any more."""
         if self._rest_timer is not None:
             self._rest_timer.cancel()
             self._rest_timer = None
-        if self.sockets or self.worker is not None:
+        if self.worker is not None or self._settling is not None:
             return
-        if self._unmarked:
-            self._rest_timer = asyncio.get_running_loop().call_later(MARK_SECONDS, self._start_marking)
-            return
+        if self._owes:
+            self._settling = asyncio.create_task(self._settle())
+        elif not self.sockets:
+            self._leave()
+
+    def _leave(self) -> None:
         self._drop_deliveries()
         if self._deliveries:
             latest = max(delivery.until() for delivery in self._deliveries)
@@ -681,9 +702,18 @@ class Session:
         else:
             self._forget(self)
 
-    def _start_marking(self) -> None:
-        self._rest_timer = None
-        self._marking = asyncio.create_task(self._mark_again())
+    async def _settle(self) -> None:
+        """Do what is owed, now that nobody asks anything; where that fails, once more after a while."""
+        try:
+            with contextlib.suppress(StorageError):
+                await self._withdraw()
+                await self._mark_at_risk()
+        finally:
+            self._settling = None
+            if self._owes:
+                self._rest_timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._rest)
+            else:
+                self._rest()
 
     # Frames come in
 
@@ -712,7 +742,7 @@ class Session:
         elif isinstance(item, Reply) and item.urgent:
             self.interrupt()
             if isinstance(self._current, Reply):
-                self._current.hurry()
+                self._current.hurry(self._patience)
             self._waiting.insert(self._urgent_waiting(), item)
         else:
             self._waiting.append(item)
@@ -737,7 +767,12 @@ class Session:
         self._hurried = True
         self.interrupt()
         if isinstance(self._current, Reply):
-            self._current.hurry()
+            self._current.hurry(self._patience)
+
+    @property
+    def _patience(self) -> float:
+        """How long the database may take while somebody in danger waits, in seconds: once for all who do."""
+        return 0 if self._given_up else PLEA_WAITS_SECONDS
 
     def refuse(self, failure: Failure) -> None:
         """Let every request that waits or is still to come be answered by an error, but for pleas for help."""
@@ -775,8 +810,10 @@ class Session:
         if self._urgent_waiting():
             reply.interrupt()
         failure = await self._tried(reply, self._speak(reply, delivery))
-        if failure is None and (reply.said or self._unmarked):
+        if failure is None and (reply.said or self._owes):
             failure = await self._tried(reply, self._keep(reply))
+        if failure is not None and reply.turn is not None:
+            self._withdrawn.append(reply.turn.key)
         if failure is None:
             reply.outcome, end = ("interrupted", INTERRUPTED) if reply.interrupted else ("complete", COMPLETE)
         elif failure.code is not ErrorCode.AI_UNAVAILABLE and not reply.said:
@@ -857,27 +894,46 @@ class Session:
     async def _admit(self, reply: Reply) -> Prompt:
         """Take a token and read what was said before; raise StorageError where the session may not ask."""
         services, utterance = self._services, reply.utterance
-        if self.to_be_created:
-            await services.storage.create_session(self.id)
-            self.to_be_created = False
-        # Both at once: the model waits for them. A history that was read in vain costs less than its round trip.
-        marked, history = await asyncio.gather(
-            services.storage.take_token(self.id, services.now_us(), services.requests_per_minute),
-            services.storage.history(self.id),
+        await self._exist()
+        await self._withdraw()
+        admission = await services.storage.admit(
+            self.id, services.now_us(), services.requests_per_minute, at_risk=self._at_risk
         )
-        reply.last_turn = history[-1].id if history else 0
-        self._at_risk_marked |= marked
-        self._at_risk |= marked
+        self._at_risk |= admission.at_risk
+        self._at_risk_marked |= admission.at_risk
         instruction = system_prompt(utterance.emotion, now=reply.signal, at_risk=self._at_risk)
-        return Prompt(instruction, utterance.message, history, utterance.emotion, self._at_risk)
+        return Prompt(instruction, utterance.message, admission.history, utterance.emotion, self._at_risk)
+
+    async def _exist(self) -> None:
+        """Create the session where the database was away when its first socket came."""
+        if self.to_be_created:
+            await self._services.storage.create_session(self.id)
+            self.to_be_created = False
+
+    async def _withdraw(self) -> None:
+        """Remove what was stored after all of turns that failed for the person."""
+        while self._withdrawn:
+            await self._services.storage.withdraw_turn(self.id, self._withdrawn[0])
+            del self._withdrawn[:1]
+
+    async def _mark_at_risk(self) -> None:
+        """Note in the database that the session is at risk, where it is; an unknown one has nothing to be noted of."""
+        if self._unmarked:
+            await self._exist()
+            await self._services.storage.mark_at_risk(self.id)
+            self._at_risk_marked = True
 
     async def _listen(self, reply: Reply, prompt: Prompt, pace: Pace) -> None:
         """Pass on what the counsellor says; where it notices a sign of danger, the prepared sentence comes first."""
+        room = MAX_REPLY_CHARACTERS
         try:
             async with contextlib.aclosing(self._services.counsellor.reply(prompt)) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, str):
-                        pace.add(storable(piece))
+                        pace.add(storable(piece[:room]))
+                        room -= len(piece)
+                        if room <= 0:
+                            return
                     elif not reply.helpline_named:
                         pace.add(self._prepared(Signal.EXPLICIT), at_once=True)
                         reply.noticed = True
@@ -885,56 +941,38 @@ class Session:
             pace.add((" " if reply.said else "") + (BLOCKED_SHORT if reply.helpline_named else BLOCKED_REPLY))
 
     async def _keep(self, reply: Reply) -> None:
-        """Mark the session where it is at risk, and store what was shown, unless somebody in danger waits too long."""
+        """Store what was shown, for STORE_SECONDS at most, and less where somebody in danger waits."""
         try:
-            async with asyncio.timeout(None) as reply.keeping:
+            async with asyncio.timeout(STORE_SECONDS) as reply.keeping:
                 if self._hurried or self._urgent_waiting():
-                    reply.hurry()
-                if self._unmarked:
-                    with contextlib.suppress(StorageError):  # it is tried again
-                        await self._mark_at_risk()
+                    reply.hurry(self._patience)
+                with contextlib.suppress(StorageError):  # a plea that was cut short has not waited for its admission
+                    await asyncio.shield(self._admission(reply))
+                with contextlib.suppress(StorageError):  # it is tried again
+                    await self._mark_at_risk()
                 if reply.said:
                     await self._store(reply)
         except TimeoutError:
-            raise Unavailable("database: given up for a plea that waits") from None
+            self._given_up |= reply.hurried
+            raise Unavailable(reply.trouble or "database: given up") from None
         finally:
             reply.keeping = None
-
-    @property
-    def _unmarked(self) -> bool:
-        return self._at_risk and not self._at_risk_marked and not self._erased
-
-    async def _mark_at_risk(self) -> None:
-        """Note in the database that the session is at risk; one that is unknown there has nothing to be noted of."""
-        if self.to_be_created:
-            await self._services.storage.create_session(self.id)
-            self.to_be_created = False
-        with contextlib.suppress(UnknownSession):
-            await self._services.storage.mark_at_risk(self.id)
-        self._at_risk_marked = True
-
-    async def _mark_again(self) -> None:
-        """Try once more, now that nobody asks anything."""
-        with contextlib.suppress(StorageError):
-            await self._mark_at_risk()
-        self._rest()
+        self._given_up = False
 
     async def _store(self, reply: Reply) -> None:
-        """Store what was shown to whoever had a token, and try for a while where the database does not answer."""
-        with contextlib.suppress(Unavailable):
-            await asyncio.shield(self._admission(reply))  # which a plea that was cut short has not waited for
+        """Store what was shown to whoever had a token, again and again where the database does not answer."""
+        with contextlib.suppress(Unavailable):  # nobody can say whether there was a token
+            await self._admission(reply)
         utterance, pause = reply.utterance, 0.1
-        turn = NewTurn(utterance.message, "".join(reply.said), utterance.emotion, utterance.timestamp)
-        give_up = loop_time() + STORE_SECONDS
+        reply.turn = NewTurn(utterance.message, "".join(reply.said), utterance.emotion, utterance.timestamp)
         while True:
             try:
                 async with self.storing:
                     if not self._erased:
-                        await self._services.storage.add_turn(self.id, turn, reply.last_turn)
+                        await self._services.storage.add_turn(self.id, reply.turn)
                 return
-            except Unavailable:
-                if loop_time() + pause > give_up:
-                    raise
+            except Unavailable as error:
+                reply.trouble = error.cause
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1)
 
@@ -987,6 +1025,7 @@ class Sessions:
         self.draining = False
         self._sessions: dict[str, Session] = {}
         self._erased: set[Session] = set()  # with sockets that are still open
+        self._last_seq = 0  # of all that were forgotten: a clock that is set back does not take it along
 
     def __len__(self) -> int:
         return len(self._sessions) + len(self._erased)
@@ -996,13 +1035,16 @@ class Sessions:
 
     def get(self, session_id: str) -> Session:
         """Return the session's object, a new one where it has had nothing to do."""
-        return self._sessions.setdefault(session_id, Session(session_id, self.services, self.forget))
+        if (session := self._sessions.get(session_id)) is None:
+            session = self._sessions[session_id] = Session(session_id, self.services, self.forget, self._last_seq)
+        return session
 
     def known(self, session_id: str) -> Session | None:
         """Return the session's object where it has something to do."""
         return self._sessions.get(session_id)
 
     def forget(self, session: Session) -> None:
+        self._last_seq = max(self._last_seq, session.seq)
         self._erased.discard(session)
         if self._sessions.get(session.id) is session:
             del self._sessions[session.id]
@@ -1028,19 +1070,19 @@ class Sessions:
         await self._idle(DRAIN_SECONDS)
         for session in self:
             session.hurry()
-        for worker in await self._idle(CLOSE_SECONDS):
-            worker.cancel()
+        for task in await self._idle(CLOSE_SECONDS):
+            task.cancel()
         sockets = [socket for session in self for socket in session.sockets]
         await asyncio.gather(*(socket.ws.close(code=WSCloseCode.GOING_AWAY, drain=False) for socket in sockets))
 
     async def _idle(self, patience: float) -> list[asyncio.Task[None]]:
-        """Wait until no session answers anything; return the workers that still do after so many seconds."""
+        """Wait until no session answers or settles anything; return the tasks that still do after so many seconds."""
         deadline = loop_time() + patience
-        while workers := [session.worker for session in self if session.worker is not None]:
+        while tasks := [session.task for session in self if session.task is not None]:
             if (left := deadline - loop_time()) <= 0:
                 break
-            await asyncio.wait(workers, timeout=left)
-        return workers
+            await asyncio.wait(tasks, timeout=left)
+        return tasks
 
 
 # Routes

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -11,74 +15,220 @@ import asyncpg
 
 from bemore.storage import SCHEMA, NotPermitted, Storage, Unavailable, UnknownSession
 
+logger = logging.getLogger("bemore_voice")
+
+MIN_CONNECTIONS, MAX_CONNECTIONS = 5, 20
+IDLE_SECONDS = 60  # after which a connection beyond the fifth is closed
 CLOSE_SECONDS = 2  # for the connections of the pool to say goodbye
 
 # Any constant will do: replicas that start together on an empty database take turns by it.
 SCHEMA_LOCK = 0x62656D6F7265
-# What a role without the right to create tables must find in place.
-TABLES_IN_PLACE = """
-SELECT session_id FROM sessions LIMIT 0;
-SELECT id, session_id, user_message, ai_response, emotion, timestamp, created_at FROM conversations LIMIT 0;
-SELECT session_id, full_at, at_risk FROM token_buckets LIMIT 0;
-"""
 FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+# What a prepared statement meets where a pooler in transaction mode runs it on another server connection than the one
+# that it was prepared on. Nothing has been done by then: the server refuses it before it begins.
+NOT_KEPT = (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
+
+
+class Link:
+    """A connection, and the statements that were prepared on it."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self.connection = connection
+        self.idle_since = 0.0
+        self.outdated = False  # what was prepared, since somebody has changed a table
+        self._statements: dict[str, Any] = {}
+
+    @property
+    def open(self) -> bool:
+        return not self.connection.is_closed()
+
+    async def fetch(self, sql: str, values: Sequence[object]) -> Sequence[Any]:
+        rows: Sequence[Any] = await self.connection.fetch(sql, *values)
+        return rows
+
+    async def fetch_prepared(self, sql: str, values: Sequence[object]) -> Sequence[Any]:
+        """Run a statement that the server parses and plans once a connection."""
+        statement = self._statements.get(sql)
+        if statement is None:
+            # Named by what it says: whoever else comes to the same server connection means the same by that name.
+            name = "bemore_" + hashlib.sha256(sql.encode()).hexdigest()[:16]
+            statement = self._statements[sql] = await self.connection.prepare(sql, name=name)
+        rows: Sequence[Any] = await statement.fetch(*values)
+        return rows
+
+
+class Pool:
+    """Links that are lent for a statement each; more are opened one after another, while somebody waits.
+
+    Whoever waits takes the first that comes free, an old or a new one: asyncpg's own pool has each wait for one that is
+    opened for it, and a burst for fifteen of them.
+    """
+
+    def __init__(self, connect: Callable[[], Coroutine[Any, Any, Link]]) -> None:
+        self._connect = connect
+        self._free: list[Link] = []  # the last used at the end
+        self._waiting: deque[asyncio.Future[Link]] = deque()
+        self._links: set[Link] = set()
+        self._opening: asyncio.Task[None] | None = None
+        self._shrinking: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    async def open(self) -> None:
+        """Open as many as are always there; raise what the first that fails did."""
+        opened = await asyncio.gather(*(self._connect() for _ in range(MIN_CONNECTIONS)), return_exceptions=True)
+        self._links = {link for link in opened if isinstance(link, Link)}
+        self._free = list(self._links)
+        for failure in opened:
+            if isinstance(failure, BaseException):
+                raise failure
+
+    async def close(self) -> None:
+        for handle in (self._opening, self._shrinking):
+            if handle is not None:
+                handle.cancel()
+        links, self._links, self._free = self._links, set(), []
+        with contextlib.suppress(*FAULTS):
+            await asyncio.gather(*(link.connection.close(timeout=CLOSE_SECONDS) for link in links))
+
+    async def take(self) -> Link:
+        """Return a link, at once or as soon as one is free; raise what opening the only one failed by."""
+        while self._free:
+            link = self._free.pop()
+            if link.open:
+                return link
+            self._links.discard(link)
+        waiter: asyncio.Future[Link] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        self._grow()
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self.give_back(waiter.result())
+            raise
+
+    def give_back(self, link: Link) -> None:
+        if not link.open:
+            self._links.discard(link)
+            self._grow()
+        elif (waiter := self._next_waiter()) is not None:
+            waiter.set_result(link)
+        else:
+            link.idle_since = asyncio.get_running_loop().time()
+            self._free.append(link)
+            self._shrink_later()
+
+    def _next_waiter(self) -> asyncio.Future[Link] | None:
+        while self._waiting:
+            if not (waiter := self._waiting.popleft()).done():
+                return waiter
+        return None
+
+    def _grow(self) -> None:
+        """Open another link where somebody waits for one, unless that is under way."""
+        wanted = any(not waiter.done() for waiter in self._waiting)
+        if wanted and self._opening is None and len(self._links) < MAX_CONNECTIONS:
+            self._opening = asyncio.create_task(self._open_one())
+
+    async def _open_one(self) -> None:
+        try:
+            link = await self._connect()
+        except FAULTS as error:
+            self._opening = None
+            self._fail(error)
+            return
+        self._opening = None
+        self._links.add(link)
+        self.give_back(link)
+        self._grow()
+
+    def _fail(self, error: Exception) -> None:
+        """Tell all who wait why there is no link, unless another may still come free."""
+        while not self._links and (waiter := self._next_waiter()) is not None:
+            waiter.set_exception(error)
+
+    def _shrink_later(self) -> None:
+        if self._shrinking is None and len(self._links) > MIN_CONNECTIONS:
+            self._shrinking = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._shrink)
+
+    def _shrink(self) -> None:
+        """Let go of what nobody has needed for a while; the least recently used are at the front."""
+        self._shrinking = None
+        now = asyncio.get_running_loop().time()
+        while self._free and len(self._links) > MIN_CONNECTIONS and now - self._free[0].idle_since >= IDLE_SECONDS:
+            link = self._free.pop(0)
+            self._links.discard(link)
+            link.connection.terminate()
+        self._shrink_later()
 
 
 class Postgres(Storage):
-    """A pool of 5 to 20 connections, directly or through a pooler in transaction mode."""
+    """A pool of 5 to 20 connections, directly or through a pooler in transaction mode.
+
+    Statements are prepared until one turns out not to be kept, as behind some poolers. One that is given up is
+    cancelled at the server, which ends it by itself, too, where it can be told how long it may take.
+    """
 
     def __init__(self, url: str, timeout: float) -> None:
         self._url = url
         self._timeout = timeout  # seconds, for one statement
-        self._pool: asyncpg.Pool | None = None
+        self._pool = Pool(self._connect)
+        self._prepares = True
+        self._limits: dict[str, str] = {"statement_timeout": f"{timeout * 1000:.0f}"}
+        self._given_up: set[asyncio.Task[None]] = set()
         parts = urlsplit(url)  # what stands before an @ is nobody's business
         self.where = f"Postgres {parts.netloc.rpartition('@')[2] or '(local socket)'}{parts.path}"
 
     async def __aenter__(self) -> Self:
         try:
-            self._pool = await asyncpg.create_pool(
-                self._url,
-                min_size=5,
-                max_size=20,
-                timeout=self._timeout,
-                # A pooler in transaction mode may run the next statement on another server connection, which
-                # does not know what was prepared on this one.
-                statement_cache_size=0,
-                reset=leave_as_it_is,
-            )
+            await self._pool.open()
             await self._apply_schema()
         except (*FAULTS, ValueError) as error:
             await self.__aexit__()
             raise Unavailable(type(error).__name__) from None
         return self
 
+    async def _connect(self) -> Link:
+        limits = self._limits
+        try:
+            return await self._connect_within(limits)
+        except asyncpg.ProtocolViolationError:
+            if not limits:
+                raise
+            self._limits = {}  # a pooler that passes no settings on
+            return await self._connect_within({})
+
+    async def _connect_within(self, limits: dict[str, str]) -> Link:
+        return Link(
+            await asyncpg.connect(self._url, timeout=self._timeout, statement_cache_size=0, server_settings=limits)
+        )
+
     async def _apply_schema(self) -> None:
-        assert self._pool is not None
+        """Apply schema.sql where something is missing: it locks tables, which other replicas may be using."""
+        with contextlib.suppress(Unavailable):
+            await self.ping()
+            return
         schema = SCHEMA.read_text(encoding="utf-8")
+        link = await self._pool.take()
         try:
             # Without arguments it is one simple query, and so one transaction, which the lock lasts for.
-            await self._pool.execute(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK});\n{schema}")
-        except asyncpg.InsufficientPrivilegeError:
-            await self._pool.execute(TABLES_IN_PLACE)
+            await link.connection.execute(
+                f"SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock({SCHEMA_LOCK});\n{schema}"
+            )
+        finally:
+            self._pool.give_back(link)
 
     async def __aexit__(self, *_: object) -> None:
-        if self._pool is not None:
-            try:
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await self._pool.close()
-            except TimeoutError:
-                self._pool.terminate()
-            self._pool = None
+        for task in self._given_up:
+            task.cancel()
+        await self._pool.close()
 
     async def fetch(self, sql: str, *values: object) -> Sequence[Any]:
-        assert self._pool is not None
         try:
-            async with asyncio.timeout(self._timeout), self._pool.acquire() as connection:
-                try:
-                    return await connection.fetch(sql, *values)
-                except asyncio.CancelledError:
-                    connection.terminate()  # its release would wait for the server to confirm the cancellation
-                    raise
+            async with asyncio.timeout(self._timeout):
+                return await self._run(await self._pool.take(), sql, values)
         except asyncpg.ForeignKeyViolationError:
             raise UnknownSession from None
         except (asyncpg.InsufficientPrivilegeError, asyncpg.NotNullViolationError) as error:
@@ -86,6 +236,45 @@ class Postgres(Storage):
         except FAULTS as error:
             raise Unavailable(f"database: {type(error).__name__}") from None
 
+    async def _run(self, link: Link, sql: str, values: Sequence[object]) -> Sequence[Any]:
+        """Run a statement, and give the link back once it is over at the server too."""
+        given_up = False
+        try:
+            return await self._fetch(link, sql, values)
+        except asyncio.CancelledError:
+            given_up = True
+            raise
+        finally:
+            if given_up:
+                self._settle_later(link)
+            else:
+                self._pool.give_back(link)
 
-async def leave_as_it_is(_: object) -> None:
-    """Give a connection back to the pool without a reset: no statement here changes its state."""
+    async def _fetch(self, link: Link, sql: str, values: Sequence[object]) -> Sequence[Any]:
+        if self._prepares and not link.outdated:
+            try:
+                return await link.fetch_prepared(sql, values)
+            except NOT_KEPT:
+                self._prepares = False
+                logger.info("%s: a pooler does not keep prepared statements, so none are used", self.where)
+            except asyncpg.InvalidCachedStatementError:
+                link.outdated = True  # refused before it began, too
+        return await link.fetch(sql, values)
+
+    def _settle_later(self, link: Link) -> None:
+        settling = asyncio.create_task(self._settle(link))
+        self._given_up.add(settling)
+        settling.add_done_callback(self._given_up.discard)
+
+    async def _settle(self, link: Link) -> None:
+        """Wait for what was given up, which asyncpg cancels; by its time limit the server has ended it by itself."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await link.fetch("SELECT 1", ())
+        except FAULTS:
+            link.connection.terminate()
+        self._pool.give_back(link)
+
+    async def settled(self) -> None:
+        if self._given_up:
+            await asyncio.wait(self._given_up)

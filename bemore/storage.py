@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import json
 import logging
 import os
 import re
+import secrets
 import sqlite3
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,40 +63,45 @@ class NotPermitted(Unavailable):
 
 CREATE_SESSION = "INSERT INTO sessions (session_id) VALUES ($1) ON CONFLICT (session_id) DO NOTHING"
 
-# A token bucket, told by when it is full again: a token moves that moment on by the time in which one refills,
-# and is refused where the moment would lie further ahead than an empty bucket needs. One statement, so that two
-# replicas cannot take the same token. $2 now, $3 one token's refill, $4 a whole bucket's, all in microseconds.
-TAKE_TOKEN = """
-INSERT INTO token_buckets (session_id, full_at) VALUES ($1, CAST($2 AS BIGINT) + CAST($3 AS BIGINT))
+# All that a request needs, in one round trip: a token, the mark and the last turns.
+# The token bucket is told by when it is full again: a token moves that moment on by the time in which one refills, and
+# is refused where the moment would lie further ahead than an empty bucket needs. One statement, so that two replicas
+# cannot take the same token. $2 now, $3 one token's refill, $4 a whole bucket's, all in microseconds; $5 the mark.
+# From sessions, so that an unknown one brings no row rather than an error that Postgres would log with its id.
+ADMIT = """
+INSERT INTO token_buckets (session_id, full_at, at_risk)
+SELECT session_id, CAST($2 AS BIGINT) + CAST($3 AS BIGINT), CAST($5 AS BOOLEAN)
+FROM sessions WHERE session_id = CAST($1 AS TEXT)
 ON CONFLICT (session_id) DO UPDATE SET full_at = CAST($3 AS BIGINT)
-    + CASE WHEN token_buckets.full_at > CAST($2 AS BIGINT) THEN token_buckets.full_at ELSE CAST($2 AS BIGINT) END
+    + CASE WHEN token_buckets.full_at > CAST($2 AS BIGINT) THEN token_buckets.full_at ELSE CAST($2 AS BIGINT) END,
+    at_risk = token_buckets.at_risk OR excluded.at_risk
 WHERE token_buckets.full_at + CAST($3 AS BIGINT) <= CAST($2 AS BIGINT) + CAST($4 AS BIGINT)
-RETURNING at_risk
+RETURNING at_risk, (
+    SELECT json_agg(json_build_array(id, user_message, ai_response)) FROM (
+        SELECT id, user_message, ai_response FROM conversations
+        WHERE session_id = CAST($1 AS TEXT) ORDER BY id DESC LIMIT CAST($6 AS BIGINT)
+    ) AS last
+)
 """
-FULL_AT = "SELECT full_at FROM token_buckets WHERE session_id = $1"
+FULL_AT = "SELECT full_at FROM token_buckets WHERE session_id = CAST($1 AS TEXT)"
+EMPTY_BUCKET = "UPDATE token_buckets SET full_at = $2 WHERE session_id = $1 AND full_at > $2"
 
 # Kept with the bucket, which is there or is made full.
 MARK_AT_RISK = """
-INSERT INTO token_buckets (session_id, full_at, at_risk) VALUES ($1, 0, TRUE)
+INSERT INTO token_buckets (session_id, full_at, at_risk)
+SELECT session_id, 0, TRUE FROM sessions WHERE session_id = CAST($1 AS TEXT)
 ON CONFLICT (session_id) DO UPDATE SET at_risk = TRUE
 """
 
-HISTORY = """
-SELECT id, user_message, ai_response FROM conversations
-WHERE session_id = CAST($1 AS TEXT) ORDER BY id DESC LIMIT CAST($2 AS BIGINT)
-"""
-
-# Safe to repeat when nobody knows whether the last try was committed: a session's turns are written one after
-# another, so a row beyond the last one that was read ($6) with the same words is this very turn.
+# Safe to repeat, and to repeat while the last try still waits for a lock: the turn's key is stored once in a session.
 ADD_TURN = """
-INSERT INTO conversations (session_id, user_message, ai_response, emotion, timestamp)
-SELECT CAST($1 AS TEXT), CAST($2 AS TEXT), CAST($3 AS TEXT), CAST($4 AS TEXT), CAST($5 AS BIGINT)
-WHERE NOT EXISTS (
-    SELECT 1 FROM conversations
-    WHERE session_id = CAST($1 AS TEXT) AND id > CAST($6 AS BIGINT) AND timestamp = CAST($5 AS BIGINT)
-    AND user_message = CAST($2 AS TEXT) AND ai_response = CAST($3 AS TEXT)
-)
+INSERT INTO conversations (session_id, turn_key, user_message, ai_response, emotion, timestamp)
+SELECT session_id, CAST($2 AS TEXT), CAST($3 AS TEXT), CAST($4 AS TEXT), CAST($5 AS TEXT), CAST($6 AS BIGINT)
+FROM sessions WHERE session_id = CAST($1 AS TEXT)
+ON CONFLICT (session_id, turn_key) DO NOTHING RETURNING id
 """
+FIND_TURN = "SELECT id FROM conversations WHERE session_id = CAST($1 AS TEXT) AND turn_key = CAST($2 AS TEXT)"
+WITHDRAW_TURN = "DELETE FROM conversations WHERE session_id = CAST($1 AS TEXT) AND turn_key = CAST($2 AS TEXT)"
 
 COLUMNS = ("id", "session_id", "user_message", "ai_response", "emotion", "timestamp", "created_at")
 # One row at least where there is such a session, its columns empty where nothing was said.
@@ -104,15 +112,7 @@ WHERE sessions.session_id = CAST($1 AS TEXT) ORDER BY said.id DESC LIMIT CAST($3
 """
 DELETE_SESSION = "DELETE FROM sessions WHERE session_id = $1 RETURNING session_id"  # the rest goes by its foreign keys
 
-# The smallest honest translation of schema.sql; SQLite knows no ADD COLUMN IF NOT EXISTS and must be asked first.
-SQLITE_SPELLINGS = {
-    "BIGSERIAL PRIMARY KEY": "INTEGER PRIMARY KEY AUTOINCREMENT",
-    "TIMESTAMPTZ": "TEXT",
-    "DEFAULT now()": "DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))",
-}
-
-
-ADD_COLUMN = re.compile(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+) (.*);")
+NOBODY = ""  # no session has this id
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +123,22 @@ class NewTurn:
     ai_response: str
     emotion: str | None
     timestamp: int
+    key: str = field(default_factory=lambda: secrets.token_hex(16))  # it is stored once, however often that is tried
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a session may go on with: whether it is at risk, and its last turns, the oldest first."""
+
+    at_risk: bool
+    history: list[Turn]
 
 
 class Storage(ABC):
     """The operations, each of one statement; an engine adds how it connects and how it runs one.
 
     Every operation raises UnknownSession where the session does not exist, and Unavailable where the database does not
-    answer within its time limit.
+    answer within its time limit. What was given up is cancelled, or never begun; whether it was done nobody can say.
     """
 
     where: str  # for people to read; never holds a password
@@ -145,38 +154,55 @@ class Storage(ABC):
     async def fetch(self, sql: str, *values: object) -> Sequence[Any]:
         """Run one statement and return its rows."""
 
+    async def settled(self) -> None:  # noqa: B027 - where statements run one after another there is nothing to wait for
+        """Wait until every statement that was given up is over."""
+
     async def ping(self) -> None:
-        await self.fetch("SELECT session_id FROM sessions LIMIT 1")
+        """Try what a turn needs, for nobody."""
+        with contextlib.suppress(UnknownSession):
+            await self.admit(NOBODY, 0, 1)
+        with contextlib.suppress(UnknownSession):
+            await self.add_turn(NOBODY, NewTurn("", "", None, 0))
 
     async def create_session(self, session_id: str) -> None:
         """Create a session where there is none yet; raise NotPermitted where only another service may."""
         await self.fetch(CREATE_SESSION, session_id)
 
-    async def take_token(self, session_id: str, now_us: int, per_minute: int) -> bool:
-        """Take one of the session's tokens and return whether the session is at risk, or raise NoToken."""
+    async def admit(self, session_id: str, now_us: int, per_minute: int, *, at_risk: bool = False) -> Admission:
+        """Take one of the session's tokens, or raise NoToken; `at_risk` marks it for as long as it lasts."""
         refill = 60_000_000 // per_minute
         bucket = refill * per_minute
-        taken = await self.fetch(TAKE_TOKEN, session_id, now_us, refill, bucket)
+        taken = await self.fetch(ADMIT, session_id, now_us, refill, bucket, at_risk, HISTORY_TURNS)
         if not taken:
-            wait_us = max(
-                (full_at + refill - bucket - now_us for (full_at,) in await self.fetch(FULL_AT, session_id)), default=0
-            )
-            raise NoToken(max(1, -(-wait_us // 1000)))
-        ((at_risk,),) = taken
-        return bool(at_risk)
+            full_at = await self._full_at(session_id, now_us + bucket)
+            raise NoToken(max(1, -(-(full_at + refill - bucket - now_us) // 1000)))
+        ((marked, last),) = taken
+        return Admission(bool(marked), [Turn(*said) for said in sorted(json.loads(last or "[]"))])
+
+    async def _full_at(self, session_id: str, latest: int) -> int:
+        """Return when the bucket is full; one that says later than any can was left by a clock, and counts as empty."""
+        if not (rows := await self.fetch(FULL_AT, session_id)):
+            raise UnknownSession
+        full_at = int(rows[0][0])
+        if full_at > latest:
+            await self.fetch(EMPTY_BUCKET, session_id, latest)
+        return min(full_at, latest)
 
     async def mark_at_risk(self, session_id: str) -> None:
         """Note, for as long as the session lasts, that it holds a sign of danger."""
         await self.fetch(MARK_AT_RISK, session_id)
 
-    async def history(self, session_id: str, turns: int = HISTORY_TURNS) -> list[Turn]:
-        """Return the session's last turns, the oldest first."""
-        return [Turn(*row) for row in reversed(await self.fetch(HISTORY, session_id, turns))]
-
-    async def add_turn(self, session_id: str, turn: NewTurn, last_id: int) -> None:
-        """Store a turn once, however often this is called; `last_id` is the last turn's before it, or 0."""
+    async def add_turn(self, session_id: str, turn: NewTurn) -> None:
+        """Store a turn once, however often this is called."""
         values = (turn.user_message, turn.ai_response, turn.emotion, turn.timestamp)
-        await self.fetch(ADD_TURN, session_id, *values, last_id)
+        stored = await self.fetch(ADD_TURN, session_id, turn.key, *values)
+        if not (stored or await self.fetch(FIND_TURN, session_id, turn.key)):
+            raise UnknownSession
+
+    async def withdraw_turn(self, session_id: str, key: str) -> None:
+        """Remove a turn of which the person was told that it failed, where it was stored after all."""
+        await self.settled()
+        await self.fetch(WITHDRAW_TURN, session_id, key)
 
     async def conversations(self, session_id: str, limit: int, before: int) -> list[dict[str, object]]:
         """Return up to `limit` turns with ids under `before`, the newest of them, oldest first, by column."""
@@ -199,21 +225,114 @@ def json_value(value: object) -> object:
     return value
 
 
-def sqlite_schema(schema: str) -> tuple[str, list[tuple[str, str, str]]]:
-    """Return schema.sql in SQLite's words, and apart from it the columns that are added: table, name, definition."""
-    for postgres, sqlite in SQLITE_SPELLINGS.items():
-        schema = schema.replace(postgres, sqlite)
-    return ADD_COLUMN.sub("", schema), ADD_COLUMN.findall(schema)
+# SQLite
+
+# The smallest honest translation of schema.sql; SQLite knows no ADD COLUMN IF NOT EXISTS and must be asked first.
+SCHEMA_SPELLINGS = {
+    "BIGSERIAL PRIMARY KEY": "INTEGER PRIMARY KEY AUTOINCREMENT",
+    "TIMESTAMPTZ": "TEXT",
+    "DEFAULT now()": "DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))",
+}
+STATEMENT_SPELLINGS = {"json_agg": "json_group_array", "json_build_array": "json_array"}
+ADD_COLUMN = re.compile(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+) (.*)")
+
+
+def respelled(sql: str, spellings: Mapping[str, str]) -> str:
+    for postgres, sqlite in spellings.items():
+        sql = sql.replace(postgres, sqlite)
+    return sql
+
+
+def apply_schema(connection: sqlite3.Connection, schema: str) -> None:
+    """Apply schema.sql in SQLite's words, statement by statement."""
+    for statement in respelled(re.sub("--.*", "", schema), SCHEMA_SPELLINGS).split(";"):
+        if added := ADD_COLUMN.search(statement):
+            table, column, definition = added.groups()
+            if (column,) not in connection.execute(f"SELECT name FROM pragma_table_info('{table}')").fetchall():
+                connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {definition}")
+        else:
+            connection.execute(statement)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A statement that waits for SQLite's thread; one that is given up before its turn is not begun."""
+
+    sql: str
+    values: Mapping[str, object]
+    deadline: float  # by time.monotonic()
+    done: asyncio.Future[list[Any]]
+    given_up: bool = False
+    rows: list[Any] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def reads(self) -> bool:
+        return self.sql.lstrip().startswith("SELECT")
+
+    @property
+    def may_run_again(self) -> bool:
+        """Whether only another program's lock was in the way, and there is time left."""
+        locked = getattr(self.error, "sqlite_errorname", "") == "SQLITE_BUSY"
+        return locked and not self.given_up and time.monotonic() < self.deadline
+
+    def finish(self) -> None:
+        if not self.done.done() and self.error is not None:
+            self.done.set_exception(self.error)
+        elif not self.done.done():
+            self.done.set_result(self.rows)
+
+
+def run_together(connection: sqlite3.Connection, jobs: Sequence[Job]) -> None:
+    """Run statements in one transaction; what fails one of them leaves the others, what fails all leaves none done."""
+    patience = max(0.0, min(job.deadline for job in jobs) - time.monotonic())
+    connection.execute(f"PRAGMA busy_timeout = {patience * 1000:.0f}")
+    writes = not all(job.reads for job in jobs)
+    try:
+        if writes:
+            connection.execute("BEGIN IMMEDIATE")
+        for job in jobs:
+            run_one(connection, job)
+            if writes and not connection.in_transaction:  # a full disk, for one, ends it
+                raise job.error or sqlite3.OperationalError
+        if writes:
+            connection.execute("COMMIT")
+    except Exception as error:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        for job in jobs:
+            job.rows, job.error = [], error
+
+
+def run_one(connection: sqlite3.Connection, job: Job) -> None:
+    job.rows, job.error = [], None
+    if job.given_up:
+        return
+    try:
+        job.rows = connection.execute(job.sql, job.values).fetchall()
+    except Exception as error:  # a mistake of ours too is its own statement's alone
+        job.error = error
+
+
+class Thread(aiosqlite.Connection):
+    """SQLite's own thread, to which more than one statement may be handed at a time."""
+
+    async def run(self, function: Callable[..., Any], *arguments: object) -> Any:
+        return await self._execute(function, self._conn, *arguments)  # type: ignore[no-untyped-call]
 
 
 class SQLite(Storage):
-    """One connection, in a thread of its own; in autocommit, each statement is its own transaction."""
+    """One connection, in a thread of its own; what many ask in one moment shares a hop to it and a commit."""
 
     def __init__(self, url: str, timeout: float) -> None:
         self._path = url.removeprefix("sqlite:///")
         self._timeout = timeout  # seconds, for one statement
-        self._connection: aiosqlite.Connection | None = None
+        self._thread: Thread | None = None
+        self._waiting: list[Job] = []
+        self._worker: asyncio.Task[None] | None = None
         self._emptying: asyncio.Task[None] | None = None
+        self._file: tuple[int, int] | None = None  # what was opened, where it is a file
+        self._probes = 0
         self.where = f"SQLite {self._path}"
 
     async def __aenter__(self) -> Self:
@@ -222,32 +341,35 @@ class SQLite(Storage):
                 with contextlib.suppress(OSError):  # it is there, or SQLite says below what is wrong
                     os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))  # for this user's eyes only
             sqlite3.connect(self._path).close()  # where it cannot be opened, aiosqlite's thread outlives the loop
-            self._connection = await aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
-            await self._connection.executescript(
-                "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;"
-            )
-            await self._apply_schema()
-            await self._empty_log()  # a process that was killed may have left there what it erased
+            await self._open()
         except sqlite3.Error as error:
             await self.__aexit__()
             raise Unavailable(str(error)) from None
         return self
 
-    async def _apply_schema(self) -> None:
-        assert self._connection is not None
-        schema, added = sqlite_schema(SCHEMA.read_text(encoding="utf-8"))
-        await self._connection.executescript(schema)
-        for table, column, rest in added:
-            rows = await self._connection.execute_fetchall(f"SELECT name FROM pragma_table_info('{table}')")
-            if column not in {name for (name,) in rows}:
-                await self._connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {rest}")
+    async def _open(self) -> None:
+        thread = Thread(lambda: sqlite3.connect(self._path, timeout=self._timeout, isolation_level=None), 64)
+        await thread
+        self._thread, self._file = thread, self._file_in_place()
+        await thread.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;"
+            "PRAGMA synchronous = NORMAL"  # a commit outlives this process at once, and the machine a moment later
+        )
+        await thread.run(apply_schema, SCHEMA.read_text(encoding="utf-8"))
+        await self._empty_log()  # a process that was killed may have left there what it erased
 
     async def __aexit__(self, *_: object) -> None:
         if self._emptying is not None:
             self._emptying.cancel()
-        if self._connection is not None:
-            await self._connection.close()
-            self._connection = None
+        if self._thread is not None:
+            await self._thread.close()
+            self._thread = None
+
+    async def ping(self) -> None:
+        """Try what a turn needs, for nobody, and whether the disk takes a page."""
+        await super().ping()
+        self._probes = (self._probes + 1) % 2**31
+        await self.fetch(f"PRAGMA user_version = {self._probes}")  # nobody's number: written, whatever it is
 
     async def delete_session(self, session_id: str) -> None:
         """Erase a session, from the file too: its pages are overwritten, and the write-ahead log is emptied."""
@@ -258,13 +380,10 @@ class SQLite(Storage):
 
     async def _empty_log(self) -> bool:
         """Move the write-ahead log into the file and cut it to nothing; return False while another program reads it."""
-        assert self._connection is not None
+        assert self._thread is not None
         with contextlib.suppress(sqlite3.Error):  # the size tells
             # In one script, so that no statement of anybody's waits for a reader, and none has this short patience.
-            await self._connection.executescript(
-                "PRAGMA busy_timeout = 50; PRAGMA wal_checkpoint(TRUNCATE);"
-                f"PRAGMA busy_timeout = {self._timeout * 1000:.0f}"
-            )
+            await self._thread.executescript("PRAGMA busy_timeout = 50; PRAGMA wal_checkpoint(TRUNCATE);")
         return self._log_is_empty()
 
     def _log_is_empty(self) -> bool:
@@ -278,17 +397,62 @@ class SQLite(Storage):
                 return
 
     async def fetch(self, sql: str, *values: object) -> Sequence[Any]:
-        assert self._connection is not None
         # By name: SQLite takes $1 for a named parameter, and Python 3.14 refuses to bind one by position.
         named = {str(position): value for position, value in enumerate(values, start=1)}
+        loop = asyncio.get_running_loop()
+        sql = respelled(sql, STATEMENT_SPELLINGS)
+        job = Job(sql, named, time.monotonic() + self._timeout, loop.create_future())
+        self._waiting.append(job)
+        if self._worker is None:
+            self._worker = loop.create_task(self._work())
         try:
             async with asyncio.timeout(self._timeout):
-                return list(await self._connection.execute_fetchall(sql, named))
-        except sqlite3.IntegrityError as error:
-            if error.sqlite_errorname == "SQLITE_CONSTRAINT_FOREIGNKEY":
-                raise UnknownSession from None
-            raise Unavailable(f"database: {error.sqlite_errorname}") from None
-        except sqlite3.Error as error:
-            raise Unavailable(f"database: {getattr(error, 'sqlite_errorname', type(error).__name__)}") from None
+                return await job.done
         except TimeoutError:
             raise Unavailable("database: DATABASE_TIMEOUT_SECONDS passed") from None
+        except sqlite3.Error as error:
+            name = getattr(error, "sqlite_errorname", type(error).__name__)
+            if name == "SQLITE_CONSTRAINT_FOREIGNKEY":
+                raise UnknownSession from None
+            raise Unavailable(f"database: {name}") from None
+        finally:
+            job.given_up = True
+
+    async def _work(self) -> None:
+        """Hand over what waits, all at once, until nothing does."""
+        while self._waiting:
+            jobs, self._waiting = self._waiting, []
+            await self._run(jobs)
+            again = [job for job in jobs if job.may_run_again]
+            self._waiting = again + self._waiting
+            for job in jobs:
+                if job not in again:
+                    job.finish()
+        self._worker = None
+
+    async def _run(self, jobs: Sequence[Job]) -> None:
+        try:
+            if self._thread is None or self._file_in_place() != self._file:
+                await self._open_again()
+            assert self._thread is not None
+            await self._thread.run(run_together, jobs)
+        except (sqlite3.Error, StorageError) as error:
+            for job in jobs:
+                job.error = error
+
+    def _file_in_place(self) -> tuple[int, int] | None:
+        """Return which file has this one's name now; without one what is written would be lost with the process."""
+        try:
+            found = os.stat(self._path)
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    async def _open_again(self) -> None:
+        """Turn to the file that has taken the place of the one that was opened; raise Unavailable where none has."""
+        if self._file_in_place() is None:
+            raise Unavailable("database: its file is gone")
+        if self._thread is not None:
+            await self._thread.close()
+            self._thread = None
+        await self._open()

@@ -533,7 +533,7 @@ async def test_a_reply_that_went_on_elsewhere_is_read_from_what_is_stored(
     """The process that took the request is gone; another, on the same database, has stored its turn."""
     await lose_a_request(still, counsellor)
     turn = NewTurn(CANARY, "저장된 대답이에요.", None, START * 1000)
-    await still.server.storage.add_turn(await still.session_id(), turn, 0)
+    await still.server.storage.add_turn(await still.session_id(), turn)
     await expect(still["#reply"]).to_be_hidden()
     await still.run(20_000)
     await expect(still["#reply .spoken"]).to_have_text("저장된 대답이에요.")
@@ -678,7 +678,7 @@ async def test_a_reply_goes_on_over_a_reload(visit: Visit, counsellor: ScriptedC
 async def test_earlier_turns_are_a_page_away(visit: Visit) -> None:
     session_id = await visit.session_id()
     for number in range(1, 54):
-        await visit.server.storage.add_turn(session_id, NewTurn(f"{number}번째 말", "답", None, number), number - 1)
+        await visit.server.storage.add_turn(session_id, NewTurn(f"{number}번째 말", "답", None, number))
     await visit["#open-history"].click()
     await expect(visit["dialog .mine"]).to_have_count(50)
     await visit["#older"].click()

@@ -112,7 +112,7 @@ async def test_in_every_combination_the_helpline_comes_at_once_and_the_reply_com
                 async with server.connect(str(turn)) as client:
                     gate.clear()
                     if bucket == "no token":
-                        await storage.take_token(str(turn), time.time_ns() // 1000, 1)
+                        await storage.admit(str(turn), time.time_ns() // 1000, 1)
                     if database == "away":
                         storage.fail()
                     asked_before = len(gemini.requests)
@@ -425,7 +425,7 @@ async def test_one_that_comes_while_the_server_stops_is_answered_and_stored(tmp_
             assert await client.closed() == aiohttp.WSCloseCode.GOING_AWAY
         assert await program.end() == 0
     async with open_storage(f"sqlite:///{tmp_path}/bemore.db") as storage:
-        assert [turn.ai_response for turn in await storage.history("s")][-1] == FULL
+        assert (await storage.conversations("s", 1, 2**53))[0]["ai_response"] == FULL
 
 
 # The second net
@@ -538,7 +538,7 @@ async def test_the_mark_is_set_by_the_next_request_where_the_database_was_away(
             await client.ask("다른 이야기")
             await client.reply()
         assert [row[0] for row in await server.rows()] == ["다른 이야기"]
-        assert await storage.take_token("가", 2**52, 6000)
+        assert (await storage.admit("가", 2**52, 6000)).at_risk
     assert [prompt.at_risk for prompt in counsellor.prompts] == [True]
 
 
@@ -546,7 +546,7 @@ async def test_the_mark_is_tried_again_after_the_person_has_left(
     counsellor: ScriptedCounsellor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bemore_voice.STORE_SECONDS", 0.1)
-    monkeypatch.setattr("bemore_voice.MARK_SECONDS", 0.1)
+    monkeypatch.setattr("bemore_voice.SETTLE_SECONDS", 0.1)
     monkeypatch.setattr("bemore_voice.RESUME_SECONDS", 0.1)
     settings = make_settings(f"sqlite:///{tmp_path}/a.db")
     storage = FaultyStorage(make_storage(settings))
@@ -557,14 +557,14 @@ async def test_the_mark_is_tried_again_after_the_person_has_left(
             await client.reply()
         storage.heal()
         await until(lambda: not server.sessions)  # nothing is left to be done, or kept
-        assert await storage.take_token("가", 2**52, 6000)
+        assert (await storage.admit("가", 2**52, 6000)).at_risk
 
 
 async def test_a_refused_cancelled_one_is_marked_too(server: Server) -> None:
     async with server.connect() as client:
         await send_together(client, ASK, CANCEL)
         await client.reply()
-    assert await server.storage.take_token("가", 2**52, 6000)
+    assert (await server.storage.admit("가", 2**52, 6000)).at_risk
 
 
 @pytest.mark.parametrize("emotion", [None, *Emotion])

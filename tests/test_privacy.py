@@ -94,7 +94,7 @@ async def test_a_page_has_fifty_turns_and_at_most_two_hundred(server: Server) ->
     storage = server.storage
     await storage.create_session("가")
     for number in range(201):
-        await storage.add_turn("가", NewTurn(f"말 {number}", "답", None, number), number)
+        await storage.add_turn("가", NewTurn(f"말 {number}", "답", None, number))
     assert len((await read(server))[1]["conversations"]) == 50
     assert len((await read(server, params={"limit": "200"}))[1]["conversations"]) == 200
 
@@ -158,7 +158,7 @@ async def test_without_its_database_nothing_is_read_or_erased(tmp_path: Path) ->
 )
 async def test_any_session_that_can_be_talked_to_can_be_read_and_erased(server: Server, session_id: str) -> None:
     await server.storage.create_session(session_id)
-    await server.storage.add_turn(session_id, NewTurn(CANARY, "답", None, 1), 0)
+    await server.storage.add_turn(session_id, NewTurn(CANARY, "답", None, 1))
     path = f"{server.url}/api/sessions/" + "".join(f"%{byte:02X}" for byte in session_id.encode())
     async with server.http.get(URL(f"{path}/conversations", encoded=True)) as response:
         assert (await response.json())["session_id"] == session_id
@@ -200,12 +200,12 @@ async def test_on_sqlite_the_bytes_leave_the_file_and_its_log(tmp_path: Path, ch
         for turn in range(120):
             number = turn % 6
             words = (CANARY if number == 3 else "다른 사람이 하는 말입니다 ") * (characters // len(CANARY) + 1)
-            await storage.add_turn(f"s{number}", NewTurn(words, words, None, turn), turn)
+            await storage.add_turn(f"s{number}", NewTurn(words, words, None, turn))
         files = [path, Path(f"{path}-wal")]
         assert any(CANARY.encode() in file.read_bytes() for file in files)
         await storage.delete_session("s3")
         assert not any(CANARY.encode() in file.read_bytes() for file in files)
-        assert len(await storage.history("s2")) == 10
+        assert len(await storage.conversations("s2", 10, 2**53)) == 10
 
 
 async def test_the_log_of_changes_is_emptied_once_no_other_program_reads_it(

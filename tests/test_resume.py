@@ -296,6 +296,7 @@ async def test_a_reader_that_never_reads_is_cut_off_and_holds_up_nobody(
 ) -> None:
     monkeypatch.setattr(bemore_voice, "STALL_SECONDS", 0.5)
     monkeypatch.setattr(bemore_voice, "MAX_UNSENT_BYTES", 1 << 40)
+    monkeypatch.setattr(bemore_voice, "MAX_REPLY_CHARACTERS", 1 << 40)
     _, writer = await read_nothing(server, "s")
     async with server.connect("s") as client:
         await read_long_reply(client, counsellor)
@@ -305,7 +306,10 @@ async def test_a_reader_that_never_reads_is_cut_off_and_holds_up_nobody(
     writer.transport.abort()
 
 
-async def test_a_reader_that_lets_a_megabyte_gather_is_cut_off(server: Server, counsellor: ScriptedCounsellor) -> None:
+async def test_a_reader_that_lets_a_megabyte_gather_is_cut_off(
+    server: Server, counsellor: ScriptedCounsellor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bemore_voice, "MAX_REPLY_CHARACTERS", 1 << 40)
     _, writer = await read_nothing(server, "s")
     async with server.connect("s") as client:
         await read_long_reply(client, counsellor)
@@ -437,7 +441,8 @@ async def test_a_reply_that_does_not_end_in_time_ends_as_by_a_cancel(
         await ending
         assert talk.closed.is_set()
     async with make_storage(settings) as storage:
-        assert [(turn.user_message, turn.ai_response) for turn in await storage.history("가")] == [("하나", "가")]
+        said = await storage.conversations("가", 10, 2**53)
+        assert [(turn["user_message"], turn["ai_response"]) for turn in said] == [("하나", "가")]
 
 
 async def test_a_client_that_does_not_say_goodbye_does_not_hold_the_end_up(

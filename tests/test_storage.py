@@ -11,7 +11,7 @@ import pytest
 from tools import open_storage
 
 from bemore.counsellor import Turn
-from bemore.storage import NewTurn, NoToken, NotPermitted, Storage, StorageError, Unavailable, UnknownSession
+from bemore.storage import Admission, NewTurn, NoToken, NotPermitted, Storage, StorageError, Unavailable, UnknownSession
 
 NOW = 1_800_000_000_000_000
 SECOND = 1_000_000
@@ -30,6 +30,10 @@ def turn(
     return NewTurn(message, reply, emotion, timestamp)
 
 
+async def turns(storage: Storage) -> list[dict[str, object]]:
+    return await storage.conversations("s", 200, 2**63 - 1)
+
+
 async def refusal(awaitable: Awaitable[object]) -> StorageError:
     with pytest.raises(StorageError) as caught:
         await awaitable
@@ -39,13 +43,13 @@ async def refusal(awaitable: Awaitable[object]) -> StorageError:
 async def wait_ms(storage: Storage, now_us: int, per_minute: int) -> int:
     """How long a session without a token is told to wait."""
     with pytest.raises(NoToken) as caught:
-        await storage.take_token("s", now_us, per_minute)
+        await storage.admit("s", now_us, per_minute)
     return caught.value.retry_after_ms
 
 
 async def test_a_turn_is_stored_as_it_was_said(storage: Storage) -> None:
-    await storage.add_turn("s", turn("불안해요 😥", "그러셨군요.", "anxious"), 0)
-    await storage.add_turn("s", turn("두 번째", "네.", None, 2**63 - 1), 1)
+    await storage.add_turn("s", turn("불안해요 😥", "그러셨군요.", "anxious"))
+    await storage.add_turn("s", turn("두 번째", "네.", None, 2**63 - 1))
     rows = await storage.fetch("SELECT * FROM conversations ORDER BY id")
     assert [tuple(row)[1:6] for row in rows] == [
         ("s", "불안해요 😥", "그러셨군요.", "anxious", 1704902400000),
@@ -56,79 +60,81 @@ async def test_a_turn_is_stored_as_it_was_said(storage: Storage) -> None:
 
 async def test_history_is_the_last_ten_turns_oldest_first(storage: Storage) -> None:
     await storage.create_session("other")
-    await storage.add_turn("other", turn("남의 말", "남의 답"), 0)
+    await storage.add_turn("other", turn("남의 말", "남의 답"))
     for number in range(12):
         # By id and not by the client's clock, which here runs backwards.
-        await storage.add_turn("s", turn(f"말 {number}", f"답 {number}", timestamp=100 - number), 0)
-    history = await storage.history("s")
+        await storage.add_turn("s", turn(f"말 {number}", f"답 {number}", timestamp=100 - number))
+    history = (await storage.admit("s", NOW, 10)).history
     assert [(turn.user_message, turn.ai_response) for turn in history] == [(f"말 {n}", f"답 {n}") for n in range(2, 12)]
-    assert await storage.history("unknown") == []
     assert isinstance(history[0], Turn)
 
 
 async def test_a_turn_that_is_stored_again_is_stored_once(storage: Storage) -> None:
-    await storage.add_turn("s", turn("같은 말", "같은 답"), 0)
-    last = (await storage.history("s"))[-1].id
-    for _ in range(2):
-        await storage.add_turn("s", turn("같은 말", "같은 답"), last)
-    assert len(await storage.history("s")) == 2
+    first, second = turn("같은 말", "같은 답"), turn("같은 말", "같은 답")
+    for said in (first, first, second, second, first):
+        await storage.add_turn("s", said)
+    assert len(await turns(storage)) == 2
+    await storage.withdraw_turn("s", first.key)
+    await storage.withdraw_turn("s", first.key)
+    assert len(await turns(storage)) == 1
 
 
 async def test_a_full_bucket_allows_a_burst_then_one_every_six_seconds(storage: Storage) -> None:
     for _ in range(10):
-        await storage.take_token("s", NOW, 10)
+        await storage.admit("s", NOW, 10)
     assert await wait_ms(storage, NOW, 10) == 6000
     assert await wait_ms(storage, NOW + 6 * SECOND - 1, 10) == 1
-    await storage.take_token("s", NOW + 6 * SECOND, 10)
+    await storage.admit("s", NOW + 6 * SECOND, 10)
     assert await wait_ms(storage, NOW + 6 * SECOND, 10) == 6000
     for _ in range(10):  # a minute later the bucket is full, and no fuller
-        await storage.take_token("s", NOW + 600 * SECOND, 10)
+        await storage.admit("s", NOW + 600 * SECOND, 10)
     assert await wait_ms(storage, NOW + 600 * SECOND, 10) == 6000
 
 
 async def test_one_session_does_not_use_up_anothers_tokens(storage: Storage) -> None:
     await storage.create_session("other")
-    await storage.take_token("s", NOW, 1)
-    await refusal(storage.take_token("s", NOW, 1))
-    await storage.take_token("other", NOW, 1)
+    await storage.admit("s", NOW, 1)
+    await refusal(storage.admit("s", NOW, 1))
+    await storage.admit("other", NOW, 1)
 
 
 @pytest.mark.parametrize("per_minute", [1, 7, 10, 6000])
 async def test_every_rate_holds_to_the_token(storage: Storage, per_minute: int) -> None:
     taken = await asyncio.gather(
-        *(storage.take_token("s", NOW, per_minute) for _ in range(min(per_minute + 5, 60))), return_exceptions=True
+        *(storage.admit("s", NOW, per_minute) for _ in range(min(per_minute + 5, 60))), return_exceptions=True
     )
-    assert taken.count(False) == min(per_minute, 60)
+    assert sum(isinstance(one, Admission) for one in taken) == min(per_minute, 60)
 
 
 async def test_a_bucket_outlives_the_process(database_url: str) -> None:
     url = database_url
     async with open_storage(url) as storage:
         await storage.create_session("s")
-        await storage.take_token("s", NOW, 1)
+        await storage.admit("s", NOW, 1)
     async with open_storage(url) as storage:
-        await refusal(storage.take_token("s", NOW, 1))
+        await refusal(storage.admit("s", NOW, 1))
 
 
 async def test_an_unknown_session_is_expired_wherever_it_is_named(storage: Storage) -> None:
-    for operation in (storage.take_token("unknown", NOW, 10), storage.add_turn("unknown", turn(), 0)):
+    for operation in (storage.admit("unknown", NOW, 10), storage.add_turn("unknown", turn())):
         assert isinstance(await refusal(operation), UnknownSession)
 
 
 async def test_deleting_a_session_deletes_all_that_it_said(storage: Storage) -> None:
-    await storage.take_token("s", NOW, 10)
-    await storage.add_turn("s", turn(), 0)
+    await storage.admit("s", NOW, 10)
+    await storage.add_turn("s", turn())
     await storage.fetch("DELETE FROM sessions")
     for table in ("conversations", "token_buckets"):
         assert not list(await storage.fetch(f"SELECT * FROM {table}"))
 
 
 async def test_schema_is_applied_again_without_loss(database_url: str) -> None:
+    said = turn()
     for _ in range(3):
         async with open_storage(database_url) as storage:
             await storage.create_session("s")
-            await storage.add_turn("s", turn(), 0)
-            assert len(await storage.history("s")) == 1
+            await storage.add_turn("s", said)
+            assert len(await turns(storage)) == 1
     async with open_storage(database_url) as storage:
         assert len(await storage.fetch("SELECT * FROM sessions")) == 1
 
@@ -144,8 +150,9 @@ async def test_every_text_that_passes_the_protocol_can_be_stored(storage: Storag
         "\x01\x7f",
     ]
     for text in texts:
-        await storage.add_turn("s", turn(text, text), 0)
-    assert [turn.ai_response for turn in await storage.history("s")] == texts
+        await storage.add_turn("s", turn(text, text))
+    assert [turn["ai_response"] for turn in await turns(storage)] == texts
+    assert [turn.user_message for turn in (await storage.admit("s", NOW, 10)).history] == texts
 
 
 # One engine alone
@@ -153,19 +160,19 @@ async def test_every_text_that_passes_the_protocol_can_be_stored(storage: Storag
 
 async def test_sqlite_is_opened_with_foreign_keys_wal_and_a_busy_timeout(tmp_path: Path) -> None:
     async with open_storage(f"sqlite:///{tmp_path}/a.db", 3) as storage:
-        pragmas = [(await storage.fetch(f"PRAGMA {name}"))[0][0] for name in ("foreign_keys", "journal_mode")]
-        assert pragmas == [1, "wal"]
-        assert (await storage.fetch("PRAGMA busy_timeout"))[0][0] == 3000
+        names = ("foreign_keys", "journal_mode", "synchronous")
+        assert [(await storage.fetch(f"PRAGMA {name}"))[0][0] for name in names] == [1, "wal", 1]
+        assert 2900 < (await storage.fetch("PRAGMA busy_timeout"))[0][0] <= 3000
     assert (tmp_path / "a.db").exists()
 
 
 async def test_sqlite_gives_ids_once(tmp_path: Path) -> None:
     async with open_storage(f"sqlite:///{tmp_path}/a.db") as storage:
         await storage.create_session("s")
-        await storage.add_turn("s", turn(), 0)
+        await storage.add_turn("s", turn())
         await storage.fetch("DELETE FROM conversations")
-        await storage.add_turn("s", turn(), 0)
-        assert (await storage.history("s"))[0].id == 2
+        await storage.add_turn("s", turn())
+        assert [turn["id"] for turn in await turns(storage)] == [2]
 
 
 async def test_sqlite_in_a_folder_that_is_not_there_fails_by_name(tmp_path: Path) -> None:
@@ -186,10 +193,10 @@ async def test_locked_sqlite_fails_and_recovers(tmp_path: Path) -> None:
         await storage.create_session("s")
         other = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        assert isinstance(await refusal(storage.take_token("s", NOW, 10)), Unavailable)
+        assert isinstance(await refusal(storage.admit("s", NOW, 10)), Unavailable)
         other.execute("ROLLBACK")
         other.close()
-        await storage.take_token("s", NOW, 10)
+        await storage.admit("s", NOW, 10)
 
 
 async def test_psql_takes_schema_as_it_is(postgres_url: str) -> None:
@@ -220,9 +227,9 @@ async def test_replicas_share_one_bucket(postgres_url: str) -> None:
     async with open_storage(url) as one, open_storage(url) as other:
         await one.create_session("s")
         taken = await asyncio.gather(
-            *(storage.take_token("s", NOW, 10) for storage in (one, other) for _ in range(10)), return_exceptions=True
+            *(storage.admit("s", NOW, 10) for storage in (one, other) for _ in range(10)), return_exceptions=True
         )
-    assert taken.count(False) == 10
+    assert sum(isinstance(one, Admission) for one in taken) == 10
 
 
 async def test_sessions_that_another_service_owns_are_only_read(postgres_url: str) -> None:
@@ -240,8 +247,8 @@ async def test_sessions_that_another_service_owns_are_only_read(postgres_url: st
     )
     try:
         async with open_storage(postgres_url.replace("postgres:@", "voice:@")) as storage:
-            await storage.take_token("theirs", NOW, 10)
-            await storage.add_turn("theirs", turn(), 0)
+            await storage.admit("theirs", NOW, 10)
+            await storage.add_turn("theirs", turn())
             with pytest.raises(NotPermitted):
                 await storage.create_session("ours")
         async with open_storage(postgres_url) as storage:
