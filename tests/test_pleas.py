@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from support import (
     Server,
     kinds_of,
     make_settings,
+    send_together,
     serve,
     started,
     text_of,
@@ -226,16 +225,6 @@ async def test_other_signals_wait_for_their_turn(server: Server, counsellor: Scr
         talk.end()
         assert kinds_of(await client.reply()) == ["complete"]
         assert text_of(await client.reply()).startswith(tuple(FIRST.values()))
-
-
-async def send_together(client: Client, *frames: tuple[str, object]) -> None:
-    """Send frames in one packet."""
-    messages = [json.dumps({"type": kind, "data": data}).encode() for kind, data in frames]
-    packets = b""
-    for message in messages:  # masked by zeros: a client's frames must have a mask, of any kind
-        size = bytes([0x80 | len(message)]) if len(message) < 126 else b"\xfe" + len(message).to_bytes(2, "big")
-        packets += b"\x81" + size + bytes(4) + message
-    os.write(client.ws.get_extra_info("socket").fileno(), packets)
 
 
 ASK = ("request_ai_response", {"message": PLEA})
