@@ -912,9 +912,12 @@ class Session:
 
     async def _withdraw(self) -> None:
         """Remove what was stored after all of turns that failed for the person."""
-        while self._withdrawn:
-            await self._services.storage.withdraw_turn(self.id, self._withdrawn[0])
-            del self._withdrawn[:1]
+        for key in list(self._withdrawn):
+            try:
+                await self._services.storage.withdraw_turn(self.id, key)
+            except NotPermitted as error:  # it will not be the next time either
+                logger.warning("session=%s a turn that failed may be stored: %s", anonymous(self.id), error.cause)
+            self._withdrawn = [other for other in self._withdrawn if other != key]
 
     async def _mark_at_risk(self) -> None:
         """Note in the database that the session is at risk, where it is; an unknown one has nothing to be noted of."""
