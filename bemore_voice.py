@@ -234,9 +234,17 @@ def parse_utterance(data: object, now_ms: int) -> Utterance:
     if not message:
         raise Failure(ErrorCode.EMPTY_MESSAGE)
     if len(message) > MAX_MESSAGE_CHARACTERS:
-        raise Failure(ErrorCode.MESSAGE_TOO_LONG)
+        message = plea_in(message)
     emotion, timestamp = parse_emotion(data.get("emotion")), parse_timestamp(data.get("timestamp"), now_ms)
     return Utterance(storable(message), emotion, timestamp)
+
+
+def plea_in(message: str) -> str:
+    """Return the end or the beginning of a message that is too long, where it asks for the helpline; else refuse it."""
+    for part in (message[-MAX_MESSAGE_CHARACTERS:], message[:MAX_MESSAGE_CHARACTERS]):
+        if signal_in(part) is not None:
+            return part.strip(WHITE_SPACE)
+    raise Failure(ErrorCode.MESSAGE_TOO_LONG)
 
 
 def parse_emotion(value: object) -> Emotion | None:
