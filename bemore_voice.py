@@ -365,6 +365,7 @@ class Socket:
         )
         self._transport = transport
         self._budget_full_at_us = 0
+        self._pongs_due = 0  # answers to pings of ours, which cost the peer nothing
         self._sent_since_check = 0
         self._watch: asyncio.TimerHandle | None = None
 
@@ -382,10 +383,14 @@ class Socket:
                 self._start_watch()
 
     def ping(self, payload: bytes = b"") -> None:
+        self._pongs_due += 1
         self.send(payload, WSMsgType.PING)
 
-    def take_frame(self, now: float) -> bool:
+    def take_frame(self, kind: WSMsgType, now: float) -> bool:
         """Count a frame that the peer has sent; return False where it sends more than its budget holds."""
+        if kind is WSMsgType.PONG and self._pongs_due:
+            self._pongs_due -= 1
+            return True
         now_us, refill_us = int(now * 1_000_000), 1_000_000 // FRAMES_A_SECOND
         self._budget_full_at_us = max(self._budget_full_at_us, now_us) + refill_us
         return self._budget_full_at_us - now_us <= FRAMES_AT_ONCE * refill_us
@@ -1346,7 +1351,9 @@ async def read_socket(socket: Socket, session: Session, services: Services) -> b
     """Hand over what a socket sends until it closes; tell whether its peer closed it as one should."""
     while (message := await socket.ws.receive()).type in SPOKEN:
         session.hear(socket, message.data if message.type is WSMsgType.PONG else None)
-        if not (socket.take_frame(loop_time()) and take_message(message, socket, session, services.now_ms())):
+        if not (
+            socket.take_frame(message.type, loop_time()) and take_message(message, socket, session, services.now_ms())
+        ):
             await socket.ws.close(code=WSCloseCode.POLICY_VIOLATION, message=b"too many frames", drain=False)
             return False
         await asyncio.sleep(0)  # what has arrived together is read one by one: others have their turn in between
