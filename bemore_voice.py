@@ -85,7 +85,9 @@ STALL_SECONDS = 10  # a socket that has not taken its frames after so long is cl
 CLOSE_SECONDS = 2  # for the peer's half of the closing handshake
 DRAIN_SECONDS = 10  # for replies in progress on SIGTERM
 STORE_SECONDS = 5  # a turn is tried to be stored for so long
-PLEA_WAITS_SECONDS = 0.03  # for the row of the reply before it; an insert takes a tenth of that
+PLEA_WAITS_SECONDS = 0.02  # for the row of the reply before it; an insert takes a tenth of that
+FRAME_GAP_SECONDS = 0.02  # between two frames of a reply: of those that come within one render React sees the last
+MAX_HELD_FRAMES = 256  # for their gap, of one socket; those of a reply that is sent again
 SETTLE_SECONDS = 5  # between two tries to do what the database still owes
 HANDSHAKE_SECONDS = 75  # for a request's header, and between two requests; longer than a proxy keeps its own end open
 BODY_SECONDS = 10  # for a request's body
@@ -350,10 +352,10 @@ class Socket:
     """A WebSocket that is written to without waiting for its reader.
 
     What its peer does not take stays in the transport's buffer; a peer that leaves something there for
-    STALL_SECONDS, or lets MAX_UNSENT_BYTES gather, is cut off.
+    STALL_SECONDS, or lets MAX_UNSENT_BYTES gather, is cut off. Two frames of a reply are `frame_gap` seconds apart.
     """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, frame_gap: float = 0) -> None:
         # Without a limit of its own, aiohttp's send never waits for the peer: the watch below does that.
         self.ws = web.WebSocketResponse(
             autoping=False,  # pongs tell what the peer has
@@ -368,9 +370,20 @@ class Socket:
         self._pongs_due = 0  # answers to pings of ours, which cost the peer nothing
         self._sent_since_check = 0
         self._watch: asyncio.TimerHandle | None = None
+        self._frame_gap = frame_gap
+        self._due = 0.0  # the next frame of a reply, by the loop's clock
+        self._held: list[tuple[bytes, WSMsgType, bool]] = []  # until it is
+        self._release: asyncio.TimerHandle | None = None
+        self._left: asyncio.Future[None] | None = None  # from our goodbye on
+
+    @property
+    def closing(self) -> bool:
+        return self._left is not None
 
     def send(self, frame: bytes, opcode: WSMsgType = WSMsgType.TEXT) -> None:
         """Write a frame at once; one to a peer that is gone is dropped, since its reader is about to find out."""
+        if self.closing:
+            return
         try:
             run_to_end(self.ws.send_frame(frame, opcode))
         except ConnectionResetError:
@@ -382,9 +395,65 @@ class Socket:
             elif self._watch is None:
                 self._start_watch()
 
+    def say(self, frame: bytes, opcode: WSMsgType = WSMsgType.TEXT, *, after_gap: bool = True) -> None:
+        """Write a frame of a reply, or what must not overtake one, in its turn and after its gap."""
+        if len(self._held) >= MAX_HELD_FRAMES:
+            self.flush()
+        if self._held or (after_gap and self._frame_gap and loop_time() < self._due):
+            self._held.append((frame, opcode, after_gap))
+            if self._release is None:
+                self._release = asyncio.get_running_loop().call_at(self._due, self._say_held)
+            return
+        self.send(frame, opcode)
+        if self._frame_gap:
+            self._due = loop_time() + self._frame_gap
+
+    def _say_held(self) -> None:
+        for frame, opcode, after_gap in self.drop():
+            self.say(frame, opcode, after_gap=after_gap)
+
+    def flush(self) -> None:
+        """Write what is held, without its gaps."""
+        for frame, opcode, _ in self.drop():
+            self.send(frame, opcode)
+
+    def drop(self) -> list[tuple[bytes, WSMsgType, bool]]:
+        """Return what is held, which is not written then."""
+        if self._release is not None:
+            self._release.cancel()
+            self._release = None
+        held, self._held = self._held, []
+        return held
+
     def ping(self, payload: bytes = b"") -> None:
+        """Ask the peer whether it is there."""
         self._pongs_due += 1
         self.send(payload, WSMsgType.PING)
+
+    def prove(self, payload: bytes) -> None:
+        """Ask the peer for a proof that it has all that was said so far."""
+        self._pongs_due += 1
+        self.say(payload, WSMsgType.PING, after_gap=False)
+
+    async def close(self, code: WSCloseCode) -> None:
+        """Say what is held, and goodbye; wait for the peer's, each for CLOSE_SECONDS at most.
+
+        aiohttp's own close, beside a task that reads, does not wait: what is under way to us would have the network
+        throw away what is under way to the peer.
+        """
+        if self._held:
+            await asyncio.sleep(min((1 + len(self._held)) * self._frame_gap, CLOSE_SECONDS))
+        self.flush()
+        self.send(code.to_bytes(2, "big"), WSMsgType.CLOSE)
+        self._left = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._left], timeout=CLOSE_SECONDS)
+        self.cut()
+
+    def leave(self) -> None:
+        """Note that the peer is gone."""
+        self.drop()
+        if self._left is not None:
+            self._left.set_result(None)
 
     def take_frame(self, kind: WSMsgType, now: float) -> bool:
         """Count a frame that the peer has sent; return False where it sends more than its budget holds."""
@@ -486,10 +555,14 @@ class Delivery(Generic[Peer]):
 
 
 class Pace:
-    """Pass text on with a smallest gap between two pieces; what comes within it waits, and is joined."""
+    """Pass text on with a smallest gap between two pieces; what comes within it waits, and is joined.
 
-    def __init__(self, seconds: float, send: Callable[[str], None]) -> None:
+    `lead` are the seconds by which the first piece comes later than it was passed on: the begin goes ahead of it.
+    """
+
+    def __init__(self, seconds: float, send: Callable[[str], None], *, lead: float = 0) -> None:
         self._seconds = seconds
+        self._lead = lead
         self._send = send
         self._loop = asyncio.get_running_loop()
         self._due = 0.0
@@ -510,7 +583,7 @@ class Pace:
             self._timer = None
         text, self._held = self._held, ""
         self._send(text)
-        self._due = self._loop.time() + self._seconds
+        self._due, self._lead = self._loop.time() + self._lead + self._seconds, 0
 
     def stop(self) -> None:
         """Drop what is held."""
@@ -608,6 +681,10 @@ class Services:
     gap_seconds: float  # the smallest between two chunks
     barge_in: bool
 
+    @property
+    def frame_gap_seconds(self) -> float:
+        return FRAME_GAP_SECONDS if self.gap_seconds else 0
+
     def now_us(self) -> int:
         return int(self.clock() * 1_000_000)
 
@@ -657,13 +734,14 @@ class Session:
             for doubted in delivery.join(socket):
                 doubted.ping()
             for frame in delivery.frames:
-                socket.send(frame)
+                socket.say(frame)
             if delivery.proof:
-                socket.ping(delivery.proof)
+                socket.prove(delivery.proof)
 
     def leave(self, socket: Socket, *, said_goodbye: bool) -> None:
         """Remove a socket; a reply that it may not have whole stays for its return."""
         self.sockets.discard(socket)
+        socket.leave()
         for delivery in self._deliveries:
             delivery.leave(socket, loop_time(), said_goodbye=said_goodbye)
         self._rest()
@@ -807,7 +885,7 @@ class Session:
         while (item := self._current) is not None:
             refused = await self._answer(item) if isinstance(item, Reply) else item.failure
             if refused is not None and item.asker in self.sockets:
-                item.asker.send(refused.frame().encode())
+                item.asker.say(refused.frame().encode())
             log_answer(self.id, item, refused, loop_time())
             self._current = self._waiting.pop(0) if self._waiting else None
         self.worker = None
@@ -840,7 +918,7 @@ class Session:
             self._drop(delivery)
             return None
         for socket in self.sockets:
-            socket.ping(delivery.proof)
+            socket.prove(delivery.proof)
         return None
 
     def _drop(self, delivery: Delivery[Socket]) -> None:
@@ -874,7 +952,7 @@ class Session:
             self._send(delivery, chunk(text))
             reply.said.append(text)
 
-        pace = Pace(self._services.gap_seconds, say)
+        pace = Pace(self._services.gap_seconds, say, lead=self._services.frame_gap_seconds)
         if reply.signal is not None:
             pace.add(self._prepared(reply.signal))  # before anything that can fail or take time
         if reply.interrupted or (is_plea(reply) and self._refusal is not None):
@@ -998,7 +1076,7 @@ class Session:
         encoded = frame.encode(seq=self.seq)
         delivery.frames.append(encoded)
         for socket in self.sockets:
-            socket.send(encoded)
+            socket.say(encoded, after_gap=frame is not BEGIN)
 
 
 def loop_time() -> float:
@@ -1089,7 +1167,7 @@ class Sessions:
         for task in await self._idle(CLOSE_SECONDS):
             task.cancel()
         sockets = [socket for session in self for socket in session.sockets]
-        await asyncio.gather(*(socket.ws.close(code=WSCloseCode.GOING_AWAY, drain=False) for socket in sockets))
+        await asyncio.gather(*(socket.close(WSCloseCode.GOING_AWAY) for socket in sockets))
 
     async def _idle(self, patience: float) -> list[asyncio.Task[None]]:
         """Wait until no session answers or settles anything; return the tasks that still do after so many seconds."""
@@ -1333,7 +1411,7 @@ async def open_socket(request: web.Request, session_id: str) -> web.StreamRespon
     if request.transport is None:
         raise ConnectionResetError("the client left during the handshake")
     sessions.services.counsellor.prepare()
-    socket = Socket(request.transport)
+    socket = Socket(request.transport, sessions.services.frame_gap_seconds)
     await socket.ws.prepare(request)
     socket.ws.headers.clear()  # sent; they would take 1.4 KiB for as long as the socket is open
     session = sessions.get(session_id)
@@ -1350,10 +1428,13 @@ async def open_socket(request: web.Request, session_id: str) -> web.StreamRespon
 async def read_socket(socket: Socket, session: Session, services: Services) -> bool:
     """Hand over what a socket sends until it closes; tell whether its peer closed it as one should."""
     while (message := await socket.ws.receive()).type in SPOKEN:
+        if socket.closing:
+            continue
         session.hear(socket, message.data if message.type is WSMsgType.PONG else None)
         if not (
             socket.take_frame(message.type, loop_time()) and take_message(message, socket, session, services.now_ms())
         ):
+            socket.flush()
             await socket.ws.close(code=WSCloseCode.POLICY_VIOLATION, message=b"too many frames", drain=False)
             return False
         await asyncio.sleep(0)  # what has arrived together is read one by one: others have their turn in between

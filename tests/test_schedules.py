@@ -256,7 +256,7 @@ class Schedule:
         for action in ("release", "heal", "return"):
             await self.act(action)
         session = self.house.server.session(self.id)
-        await until(lambda: session.task is None)
+        await until(lambda: session.task is None and not any(socket._held for socket in session.sockets))
         for page in (self.steady, self.flapping):
             await page.send()
             await page.leave(cut=False)
