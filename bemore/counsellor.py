@@ -36,7 +36,7 @@ class Prompt:
     instruction: str
     message: str
     history: Sequence[Turn] = ()
-    emotion: Emotion | None = None  # in the face; the instruction says what follows from it
+    emotion: Emotion | None = None  # a signal beside the words; the instruction says what follows
     at_risk: bool = False  # has spoken of suicide or self-harm, now or earlier in the session
 
 
