@@ -33,7 +33,7 @@ ARGUMENTS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
-HINT = "💡 세션이 만료되었을 수 있습니다. 페이지를 새로고침해주세요."
+HINT = "세션이 만료되었을 수 있습니다. 페이지를 새로고침해주세요."
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 START = 1_800_000_000  # where a page's clock stands still, in seconds since the epoch
@@ -167,13 +167,13 @@ async def test_a_reply_goes_through_its_states_in_order_and_in_time(
     talk = counsellor.expect()
     await still["input[value=anxious]"].check()
     await still["#microphone"].click()
-    await expect(still["#microphone"]).to_have_text("듣고 있어요 (누르면 끝나요)")
+    await expect(still["#microphone"]).to_have_text("듣는 중 (누르면 전송)")
     await still.page.evaluate("ear.hear('요즘')")
     await expect(still["#said .spoken"]).to_have_text("요즘")
     await expect(still["#said .badge"]).to_be_hidden()
     assert await still.page.evaluate("[ear.lang, ear.interimResults]") == ["ko-KR", True]
     await still.page.evaluate("ear.hear('요즘 잠이 안 와요', true)")
-    await expect(still["#microphone"]).to_have_text("🎤 말하기")
+    await expect(still["#microphone"]).to_have_text("말하기")
     await expect(still["#said .spoken"]).to_have_text("요즘 잠이 안 와요")
     await expect(still["#said .badge"]).to_have_text("불안")
     await expect(still["#reply"]).to_be_hidden()
@@ -185,7 +185,7 @@ async def test_a_reply_goes_through_its_states_in_order_and_in_time(
     talk.say("힘드셨겠어요. ", "언제부터 ")
     await expect(still["#reply .spoken"]).to_have_text("많이 힘드셨겠어요. 언제부터")
     await still.until_spoken("많이 힘드셨겠어요.")  # while the rest still streams
-    await expect(still["#playing"]).to_have_text("🔊 재생 중")
+    await expect(still["#playing"]).to_have_text("재생 중")
     await expect(still["#generating"]).to_be_visible()
 
     await still.run(2_900)
@@ -219,9 +219,9 @@ async def test_a_reply_goes_through_its_states_in_order_and_in_time(
         ("sad", "슬픔"),
         ("angry", "분노"),
         ("anxious", "불안"),
-        ("neutral", "중립"),
+        ("neutral", "보통(중립)"),
         ("surprised", "놀람"),
-        ("disgusted", "혐오"),
+        ("disgusted", "불쾌(혐오)"),
         ("fearful", "두려움"),
         ("", None),
     ],
@@ -292,7 +292,7 @@ async def test_the_rate_is_said_with_the_wait(browser: Browser, tmp_path: Path) 
         await visit.write(CANARY)
         await expect(visit["#reply .spoken"]).to_have_text(f"들은 말: {CANARY}")
         await visit.write("곧바로 또 하는 말")
-        sentence = re.compile(r"^요청 횟수가 초과되었습니다 (59|60)초 뒤에 다시 보내 주세요\.$")
+        sentence = re.compile(r"^요청 횟수가 초과되었습니다\. (59|60)초 뒤에 다시 보내 주세요\.$")
         await expect(visit["#problem .sentence"]).to_have_text(sentence)
         await expect(visit["#field"]).to_have_value("곧바로 또 하는 말")
 
@@ -820,7 +820,7 @@ async def test_109_and_119_are_always_in_sight_and_call(
 
         async def check(place: str) -> None:
             for number in ("109", "119"):
-                link = visit[f"{place} a[href='tel:{number}']"]
+                link = visit[f"{place} .care > p > a[href='tel:{number}']"]
                 await expect(link).to_be_in_viewport(ratio=1)
                 await expect(link).to_have_text(number)
             assert await visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -856,12 +856,12 @@ async def test_markup_is_shown_as_text(visit: Visit, counsellor: ScriptedCounsel
 
 async def test_everything_can_be_done_by_keyboard(visit: Visit) -> None:
     press = visit.page.keyboard.press
-    focused = "(({ id, name, attributes }) => id || name || attributes.href?.value || attributes.type.value)"
+    focused = "(({ id, name, type, attributes, tagName }) => id || name || attributes.href?.value || type || tagName)"
     order = []
-    for _ in range(10):
+    for _ in range(12):
         await press("Tab")
         order.append(await visit.page.evaluate(f"{focused}(document.activeElement)"))
-    header = ["open-history", "use-camera", "use-voice", "language", "tel:109", "tel:119"]
+    header = ["open-history", "use-camera", "use-voice", "language", "tel:109", "sms:109", "tel:119", "SUMMARY"]
     assert order == [*header, "emotion", "microphone", "field", "submit"]
     await visit["input[name=emotion]:checked"].focus()
     await press("ArrowRight")
@@ -910,18 +910,18 @@ async def test_the_page_speaks_english_too(visit: Visit, counsellor: ScriptedCou
     assert await visit["html"].get_attribute("lang") == "ko"
     await visit["#language"].click()
     assert await visit["html"].get_attribute("lang") == "en"
-    await expect(visit["#microphone"]).to_have_text("🎤 Speak")
+    await expect(visit["#microphone"]).to_have_text("Speak")
     await expect(visit["#connection"]).to_have_text("Connected")
     counsellor.expect().fail(RuntimeError("x"))
     await visit.write(CANARY)
     await expect(visit["#problem .sentence"]).to_have_text("The AI service is not available for the moment")
     assert await visit["#reply .spoken"].get_attribute("lang") == "ko"
     await visit.page.reload()
-    await expect(visit["#microphone"]).to_have_text("🎤 Speak")
+    await expect(visit["#microphone"]).to_have_text("Speak")
     visible = await visit["body"].inner_text()
     assert re.findall("[가-힣]+", visible) == ["한국어"]
     await visit["#language"].click()
-    await expect(visit["#microphone"]).to_have_text("🎤 말하기")
+    await expect(visit["#microphone"]).to_have_text("말하기")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
