@@ -341,6 +341,10 @@ class Program:
         self.log = ""
         self.port = 0
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     async def wait_for(self, pattern: str) -> re.Match[str]:
         assert self.process.stderr is not None
         while not (match := re.search(pattern, self.log)):
