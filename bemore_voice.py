@@ -293,8 +293,8 @@ BASE_PROMPT = """\
 
 # A person chose the feeling, or a camera guessed it: nothing tells the server which.
 SIGNAL_PROMPT = """
-상대의 말과 함께 온 감정 신호는 {feeling}입니다. 이 신호는 틀릴 수 있으니, 상대의 말과 어긋나면 말을 따르세요. 신호나 \
-표정, 얼굴에 대해서는 이야기하지 마세요.
+상대의 말과 함께 온 감정 신호는 {feeling}입니다. 이 신호는 틀릴 수 있으니, 서로 어긋나면 상대의 말을 더 믿으세요. \
+신호나 표정, 얼굴에 대해서는 이야기하지 마세요.
 """
 FEELINGS = {
     Emotion.HAPPY: "기쁨",
