@@ -1630,6 +1630,7 @@ def make_counsellor(settings: Settings) -> Counsellor:
         api_key=settings.gemini_api_key,
         base_url=settings.gemini_base_url,
         model=settings.gemini_model,
+        fallback_model=settings.gemini_fallback_model,
         max_output_tokens=settings.gemini_max_output_tokens,
         thinking_level=settings.gemini_thinking_level,
         first_chunk_timeout=settings.first_chunk_timeout_seconds,
@@ -1660,8 +1661,9 @@ async def serve(settings: Settings) -> None:
             with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends the loop by itself
                 loop.add_signal_handler(number, stop.set)
         host, port = runner.addresses[0][:2]
-        where = runner.app[SESSIONS].services.storage.where
-        answers = "demo mode, replies are canned" if settings.demo else f"model {settings.gemini_model}"
+        services = runner.app[SESSIONS].services
+        where = services.storage.where
+        answers = "demo mode, replies are canned" if settings.demo else f"model {services.counsellor.name}"
         gc.freeze()  # what the imports made stays for good: without it full collections are cheap, and come in time
         logger.info("BeMore voice %s on http://%s:%d, %s, %s", __version__, host, port, where, answers)
         await stop.wait()

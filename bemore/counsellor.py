@@ -93,7 +93,7 @@ class Blocked(CounsellorError):
 class Counsellor(ABC):
     """A context manager that holds its connections, and one stream of text for each prompt."""
 
-    name: str  # a model's, for people to read
+    name: str  # of whoever answers, for people to read
 
     async def __aenter__(self) -> Self:
         return self

@@ -128,7 +128,7 @@ async def test_in_every_combination_the_helpline_comes_at_once_and_the_reply_com
                     assert text_of(frames).startswith(FULL)
                     asked = len(gemini.requests) - asked_before
                     well = bucket == "token" and database == "database"
-                    assert asked == int(well), "no model past the rate"
+                    assert asked == (well * 2 if model == "failing" else well), "no model past the rate"
                     storage.heal()
                     stored = [row[1] for row in await server.rows(str(turn))]
                     assert stored == ([text_of(frames)] if well else []), "and no row"
