@@ -152,6 +152,18 @@ async def test_cancel_closes_the_models_stream(gemini: GeminiStandIn, asked: tup
     await check_reply(client, WHOLE, "complete")
 
 
+async def test_cancel_closes_the_stream_of_the_rest(gemini: GeminiStandIn, asked: tuple[Server, Client]) -> None:
+    server, client = asked
+    gemini.answers.extend([stream(event("가")), silent_after(event("나"))])
+    await client.ask("하나")
+    assert kinds_of([await client.frame() for _ in range(3)]) == ["begin", "chunk", "chunk"]
+    await client.send("cancel_ai_response")
+    assert (await client.frame())["interrupted"] is True
+    await until(lambda: gemini.ended == 2)
+    assert [row[1] for row in await server.rows()] == ["가 나"]
+    await check_reply(client, WHOLE, "complete")
+
+
 async def test_no_chunk_comes_later_than_50_ms_after_a_cancel(
     gemini: GeminiStandIn, asked: tuple[Server, Client]
 ) -> None:
