@@ -114,7 +114,7 @@ class Course:
             return fault.pause
         if fault.status == 429 and self._fallback is not None:
             return math.inf  # nobody knows for how long its quota is used up
-        return random.uniform(0.1, 0.2) * float(2**self._attempt)
+        return random.uniform(0.1, 0.2) * 2.0**self._attempt
 
 
 class Joint:
