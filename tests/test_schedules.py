@@ -25,7 +25,7 @@ from standin import GeminiStandIn, event, status
 from support import ENDS, Client, FaultyStorage, Server, kinds_of, make_settings, send_together, serve, text_of
 from tools import PATIENCE, until
 
-from bemore.care import FIRST, SHORT
+from bemore.care import FIRST, SHORT, signal_in
 from bemore_voice import Failure, Session, Socket, Utterance, anonymous, make_counsellor, make_storage
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "300"))
@@ -126,6 +126,7 @@ class Counts:
 
         def counted_submit(session: Session, asker: Socket, asked: Utterance | Failure) -> bool:
             self.read[session.id] += 1
+            self.pleas[session.id] += isinstance(asked, Utterance) and signal_in(asked.message) is not None
             before = len(session._waiting) + 1
             taken = submit(session, asker, asked)
             if not taken:
@@ -186,7 +187,6 @@ class Schedule:
         self.house = house
         self.steady, self.flapping = Page(house.server, self.id), Page(house.server, self.id)
         self.asked = 0
-        self.pleas = 0
         self.script: list[str] = []
 
     def question(self, opening: str = "") -> tuple[str, object]:
@@ -204,7 +204,6 @@ class Schedule:
             case "ask":
                 await page.send(self.question())
             case "plea":
-                self.pleas += 1
                 await page.send(self.question("죽고 싶어요 "))
             case "bad":
                 await page.send(("request_ai_response", {"message": " "}))
@@ -283,7 +282,7 @@ class Schedule:
         # Every plea was answered, whatever else was the matter.
         answers = [text_of(reply) for reply in replies if reply[-1]["type"] == "ai_stream_complete" and text_of(reply)]
         pleas = [text for text in answers if text.startswith(PREPARED)]
-        assert len(pleas) >= self.pleas
+        assert len(pleas) >= self.house.counts.pleas[self.id]
         # What is stored is what was shown; of pleas, what the rate and the database allowed.
         rows = self.house.rows(self.id)
         stored = [row[1] for row in rows if not row[1].startswith(PREPARED)]
