@@ -5,8 +5,9 @@
 LOAD is JSON, such as {"sessions": 50, "replies": 1, "chunks": 20, "first_ms": 300, "gap_ms": 50, "spread_s": 2}.
 Each opens a socket, then asks and waits for the whole reply, as often as it is told; with "together" all ask in one
 moment, and once more in one moment when the last has its reply; with "warm" somebody else was answered before. The
-frames are kept as they come, and checked at the end, character for character. Prints one line of JSON: for every reply the milliseconds to its first chunk and to its
-end, less the model's own, the largest gap between two chunks, and how many frames held its chunks.
+frames are kept as they come, and checked at the end, character for character. Prints one line of JSON: for every reply
+the milliseconds to its first chunk and to its end, less the model's own, the largest gap between two chunks, and how
+many frames held its chunks.
 """
 
 import asyncio
@@ -167,7 +168,7 @@ async def connect(session: str, port: int, kind: type[Person] = Person) -> Perso
 async def main(ports: list[int], load: dict[str, float]) -> None:
     """Open all sockets, over all ports in turn; then say so, wait for a line on stdin, and talk."""
     loop, people = asyncio.get_running_loop(), []
-    for port in ports if load.get("warm") else []:
+    for port in ports if load.get("warm") and load["replies"] else []:
         somebody = await connect(f"bench-{load.get('name', '')}-warm", port)
         checked((await talk(somebody, {**load, "replies": 1}, 0))[0], load)
         somebody.transport.abort()
