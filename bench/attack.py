@@ -62,6 +62,7 @@ class Subject:
     """The server under attack, and where it keeps what it is told."""
 
     served: Served
+    model: str  # chunks-first_ms-gap_ms
     database_url: str  # empty for SQLite
     cluster: Cluster | None
 
@@ -122,7 +123,7 @@ def attacking(subject: Subject, name: str) -> Iterator[dict[str, int]]:
 def talk(subject: Subject, seconds: float, during: Callable[[], Any] = contextlib.nullcontext) -> dict[str, Any]:
     """Let the fifty talk for so long, and wait for their last reply; return what others.py has counted."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with running(HERE / "others.py", subject.served.port, time.time_ns(), seconds, MODEL, **pipes) as process:
+    with running(HERE / "others.py", subject.served.port, time.time_ns(), seconds, subject.model, **pipes) as process:
         assert read_line(process) == "open"
         with during():
             tell(process)
@@ -146,7 +147,7 @@ def trial(subject: Subject, name: str, seconds: float) -> tuple[list[str], int]:
     with watching(subject) as watch:
         under = talk(subject, seconds, disturbed)
     spent = (cpu_us(pid) - spent) / 1e6 / (time.monotonic() - began)
-    time.sleep(REST_SECONDS)
+    time.sleep(min(REST_SECONDS, seconds))
     after = resident_kib(pid), subject.log_kib(), subject.database_kib()
     unanswered = under.get("unanswered", 0) + under.get("wrong", 0)
     locks = name in ON_POSTGRES  # its own connection is none of the server's
@@ -180,32 +181,33 @@ def soak(title: str, subject: Subject, attacks: list[str], seconds: float) -> in
     return unanswered
 
 
-def settings(gemini: int) -> dict[str, object]:
+def settings(gemini: int, model: str) -> dict[str, object]:
     """Return what the program is started with: its own defaults, but for who answers and who may connect."""
-    url = f"http://127.0.0.1:{gemini}/{MODEL}"
+    url = f"http://127.0.0.1:{gemini}/{model}"
     return {"GEMINI_API_KEY": "bench", "GEMINI_BASE_URL": url, "AUTO_CREATE_SESSIONS": 1}
 
 
-def on_sqlite(gemini: int, attacks: list[str], seconds: float) -> int:
-    chosen = [name for name in attacks if name in ATTACKS]
-    with serving([SERVER], **settings(gemini)) as served:
-        return soak("SQLite", Subject(served, "", None), chosen, seconds)
+def on_sqlite(gemini: int, options: argparse.Namespace) -> int:
+    attacks = [name for name in options.only.split(";") if name in ATTACKS]
+    with serving([SERVER], **settings(gemini, options.model)) as served:
+        return soak("SQLite", Subject(served, options.model, "", None), attacks, options.seconds)
 
 
-def on_postgres(gemini: int, attacks: list[str], seconds: float) -> int:
+def on_postgres(gemini: int, options: argparse.Namespace) -> int:
+    attacks = options.only.split(";")
     with postgres() as cluster, cluster.database() as url:
-        with serving([SERVER], **settings(gemini), DATABASE_URL=url) as served:
-            return soak("Postgres", Subject(served, url, cluster), attacks, seconds)
+        with serving([SERVER], **settings(gemini, options.model), DATABASE_URL=url) as served:
+            return soak("Postgres", Subject(served, options.model, url, cluster), attacks, options.seconds)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10, help=f"of each attack, {MOST_SECONDS} at most")
     parser.add_argument("--database", default="sqlite,postgres")
+    parser.add_argument("--model", default=MODEL, help="its replies, as chunks-first_ms-gap_ms")
     parser.add_argument("--only", default=";".join([*ATTACKS, *ON_POSTGRES]), help="names, with ; between them")
     options = parser.parse_args()
-    attacks = options.only.split(";")
-    if unknown := set(attacks) - {*ATTACKS, *ON_POSTGRES}:
+    if unknown := set(options.only.split(";")) - {*ATTACKS, *ON_POSTGRES}:
         parser.error(f"--only: takes {'; '.join([*ATTACKS, *ON_POSTGRES])}, got {'; '.join(sorted(unknown))}")
     if not 0 < options.seconds <= MOST_SECONDS:
         parser.error(f"--seconds: takes up to {MOST_SECONDS}, got {options.seconds}")
@@ -213,7 +215,7 @@ def main() -> int:
     unanswered = 0
     with stand_in() as gemini:
         for database in options.database.split(","):
-            unanswered += {"sqlite": on_sqlite, "postgres": on_postgres}[database](gemini, attacks, options.seconds)
+            unanswered += {"sqlite": on_sqlite, "postgres": on_postgres}[database](gemini, options)
     return int(unanswered > 0)
 
 

@@ -12,6 +12,7 @@ many frames held its chunks.
 
 import asyncio
 import base64
+import gc
 import itertools
 import json
 import os
@@ -167,6 +168,7 @@ async def connect(session: str, port: int, kind: type[Person] = Person) -> Perso
 
 async def main(ports: list[int], load: dict[str, float]) -> None:
     """Open all sockets, over all ports in turn; then say so, wait for a line on stdin, and talk."""
+    gc.disable()  # its pauses would be taken for the server's
     loop, people = asyncio.get_running_loop(), []
     for port in ports if load.get("warm") and load["replies"] else []:
         somebody = await connect(f"bench-{load.get('name', '')}-warm", port)
