@@ -15,7 +15,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import re
 import shutil
 import statistics
 import subprocess
@@ -385,11 +384,12 @@ def inserts(gemini: int, load: Load, rounds: int) -> None:
 
 def put(document: Path, name: str, text: str) -> None:
     """Replace what stands in a document between the two comments of that name."""
-    old = document.read_text(encoding="utf-8")
-    new, times = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\1{text}\n\2", old, flags=re.DOTALL)
-    if times != 1:
-        raise ValueError(f"{document}: expected one place between {name} and /{name}, got {times}")
-    document.write_text(new, encoding="utf-8")
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, found, rest = document.read_text(encoding="utf-8").partition(start)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"{document.name}: expected the lines {start.strip()} and {end.strip()}")
+    document.write_text(f"{before}{start}{text}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
