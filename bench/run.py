@@ -404,8 +404,8 @@ def main() -> None:
     parts, rounds = options.only.split(","), 1 if options.quick else options.rounds
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only: takes {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    if options.quick and options.write:
-        parser.error("--write: what --quick measures means nothing")
+    if options.write and (options.quick or 0 < len(set(LOADS) & set(parts)) < len(LOADS)):
+        parser.error("--write: takes all loads, or none and growth, and not --quick, whose figures mean nothing")
     prepare()
     loads = {name: quick(load) if options.quick else load for name, load in LOADS.items() if name in parts}
     loads = {name: {**load, "warm": options.warm} for name, load in loads.items()}
