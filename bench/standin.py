@@ -16,6 +16,7 @@ from collections.abc import Coroutine
 from functools import cache
 from typing import Any
 
+EVENTS_IN_A_BLOCK = 100  # of a reply without an end, so that its writing does not keep the others waiting
 ENDLESS, SPEECHLESS = "endless", "speechless"  # a request is answered so where it holds the word
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
@@ -93,7 +94,7 @@ class Gemini(asyncio.Protocol):
         self.buffer = b""
         for word, text in ((ENDLESS, chunk_text(0)), (SPEECHLESS, "")):
             if word.encode() in body:
-                self.endless = framed(0, text)
+                self.endless = framed(0, text) * EVENTS_IN_A_BLOCK
                 self.transport.write(HEAD)
                 self.say_on()
                 return
