@@ -279,7 +279,7 @@ def row(name: str, values: list[float | None]) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 # Growth
