@@ -48,7 +48,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from bemore import access
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, SHORT, Signal, signal_in
-from bemore.counsellor import RISK_MARKER, Blocked, Counsellor, Emotion, Failed, Prompt
+from bemore.counsellor import RISK_MARKER, Blocked, Counsellor, Emotion, Failed, Notice, Prompt
 from bemore.demo import Demo
 from bemore.gemini import Gemini
 from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
@@ -691,6 +691,10 @@ def refused_unless_plea(item: Reply | Refusal, failure: Failure) -> Reply | Refu
     return Refusal(item.asker, failure, item.accepted) if isinstance(item, Reply) and not is_plea(item) else item
 
 
+class LongEnough(Exception):
+    """Ends a reply of MAX_REPLY_CHARACTERS."""
+
+
 SHUTTING_DOWN = Failure(ErrorCode.AI_UNAVAILABLE, "shutting down")
 ERASED = Failure(ErrorCode.SESSION_EXPIRED)
 
@@ -1045,17 +1049,21 @@ class Session:
     async def _listen(self, reply: Reply, prompt: Prompt, pace: Pace) -> None:
         """Pass on what the counsellor says; where it notices a sign of danger, the prepared sentence comes first."""
         room = MAX_REPLY_CHARACTERS
+
+        def say(piece: str | Notice) -> None:
+            nonlocal room
+            if isinstance(piece, str):
+                pace.add(storable(piece[:room]))
+                room -= len(piece)
+                if room <= 0:
+                    raise LongEnough
+            elif not reply.helpline_named:
+                pace.add(self._prepared(Signal.EXPLICIT), at_once=True)
+                reply.noticed = True
+
         try:
-            async with contextlib.aclosing(self._services.counsellor.reply(prompt)) as pieces:
-                async for piece in pieces:
-                    if isinstance(piece, str):
-                        pace.add(storable(piece[:room]))
-                        room -= len(piece)
-                        if room <= 0:
-                            return
-                    elif not reply.helpline_named:
-                        pace.add(self._prepared(Signal.EXPLICIT), at_once=True)
-                        reply.noticed = True
+            with contextlib.suppress(LongEnough):
+                await self._services.counsellor.reply(prompt, say)
         except Blocked:
             pace.add((" " if reply.said else "") + (BLOCKED_SHORT if reply.helpline_named else BLOCKED_REPLY))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Self
@@ -45,6 +45,8 @@ class Notice(Enum):
 
     RISK = "risk"  # the person's words, in the light of the whole conversation, hold a sign that needs a helpline
 
+
+Say = Callable[[str | Notice], None]
 
 # What a model is asked to write for Notice.RISK: nobody would say it.
 RISK_MARKER = "[[109]]"
@@ -105,5 +107,8 @@ class Counsellor(ABC):
         """Get ready, without waiting: somebody has come, and is about to speak."""
 
     @abstractmethod
-    def reply(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
-        """Yield the reply in pieces as they are written; raise Failed or Blocked where it cannot be had whole."""
+    async def reply(self, prompt: Prompt, say: Say) -> None:
+        """Say the reply in pieces as they are written; raise Failed or Blocked where it cannot be had whole.
+
+        What `say` raises ends the reply.
+        """

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
 
-from bemore.counsellor import Counsellor, Emotion, Notice, Prompt
+from bemore.counsellor import Counsellor, Emotion, Prompt, Say
 
 WORD_SECONDS = 0.12  # about the pace at which Korean is spoken
 
@@ -67,10 +66,10 @@ class Demo(Counsellor):
 
     name = "demo"
 
-    async def reply(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
+    async def reply(self, prompt: Prompt, say: Say) -> None:
         for number, word in enumerate(demo_reply(prompt).split(" ")):
             await asyncio.sleep(WORD_SECONDS)
-            yield f" {word}" if number else word
+            say(f" {word}" if number else word)
 
 
 def demo_reply(prompt: Prompt) -> str:

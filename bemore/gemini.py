@@ -11,14 +11,14 @@ import math
 import random
 import re
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote
 
 import aiohttp
 
-from bemore.counsellor import Blocked, Counsellor, Failed, MarkerFilter, Notice, Prompt
+from bemore.counsellor import Blocked, Counsellor, Failed, MarkerFilter, Notice, Prompt, Say
 
 logger = logging.getLogger("bemore_voice")
 
@@ -152,6 +152,50 @@ class Joint:
         return text if text != again or again[0] in CLOSING else f" {text}"
 
 
+class Hearing:
+    """Passes on what one request brings: without the marker, joined to what was said before, and in time.
+
+    `limit` ends the request where no text comes for `patience` seconds, or a tenth more, and at `latest` by the loop's
+    clock: a timer a chunk would be a twelfth of a chunk's cost.
+    """
+
+    def __init__(self, said: str, say: Say, limit: asyncio.Timeout, patience: float, latest: float) -> None:
+        self.spoke = False
+        self._said = [said]
+        self._say = say
+        self._limit = limit
+        self._patience = patience
+        self._latest = latest
+        self._ends = 0.0
+        self._marker = MarkerFilter()
+        self._joint = Joint(said)
+
+    @property
+    def said(self) -> str:
+        """All that was said so far; what the marker's filter still holds is not, and comes again with the rest."""
+        return "".join(self._said)
+
+    def hear(self, text: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if now + self._patience > self._ends < self._latest:
+            self._ends = min(now + 1.1 * self._patience, self._latest)
+            self._limit.reschedule(self._ends)
+        self.spoke = True
+        for piece in self._marker.feed(text):
+            if isinstance(piece, Notice):
+                self._say(piece)
+            else:
+                self._pass_on(self._joint.feed(piece))
+
+    def end(self) -> None:
+        self._pass_on(self._joint.feed(self._marker.rest()) + self._joint.rest())
+
+    def _pass_on(self, words: str) -> None:
+        if words:
+            self._said.append(words)
+            self._say(words)
+
+
 class Gemini(Counsellor):
     """One client for the process; every reply is a stream of its own. All limits are in seconds."""
 
@@ -259,49 +303,35 @@ class Gemini(Counsellor):
             "generationConfig": self._generation,
         }
 
-    async def reply(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
+    async def reply(self, prompt: Prompt, say: Say) -> None:
         loop = asyncio.get_running_loop()
         latest = loop.time() + self._reply_timeout
         first_text_by = min(loop.time() + self._first_chunk_timeout, latest)
         course, said = Course(self._model, self._fallback), ""
         while True:
-            # What the marker's filter still holds of an answer that was cut off is not said: it comes with the rest.
-            spoke, marker, joint = False, MarkerFilter(), Joint(said)
+            limit = asyncio.timeout_at(first_text_by)
+            hearing = Hearing(said, say, limit, self._chunk_timeout, latest)
             try:
-                async with (
-                    asyncio.timeout_at(first_text_by) as limit,
-                    contextlib.aclosing(self._stream(course, prompt, said)) as texts,
-                ):
-                    async for text in texts:
-                        until = min(loop.time() + self._chunk_timeout, latest)
-                        # To a hundredth of the limit: a timer a chunk would be a twelfth of a chunk's cost.
-                        if not spoke or until - (limit.when() or 0) > self._chunk_timeout / 100:
-                            limit.reschedule(until)
-                        spoke = True
-                        for piece in marker.feed(text):
-                            if isinstance(piece, Notice):
-                                yield piece
-                            elif words := joint.feed(piece):
-                                said += words
-                                yield words
-                    if words := joint.feed(marker.rest()) + joint.rest():
-                        yield words
+                async with limit:
+                    await self._stream(course, prompt, said, hearing.hear)
+                    hearing.end()
                 return
             except TimeoutError:
                 if loop.time() >= latest:
                     raise failed("REPLY_TIMEOUT_SECONDS passed") from None
-                if not spoke:
+                if not hearing.spoke:
                     raise failed("FIRST_CHUNK_TIMEOUT_SECONDS passed") from None
                 fault = Fault("CHUNK_TIMEOUT_SECONDS passed")
             except Fault as error:
                 fault = error
-            pause = course.after(fault, spoke, first_text_by - loop.time())
-            if spoke:
+            said = hearing.said
+            pause = course.after(fault, hearing.spoke, first_text_by - loop.time())
+            if hearing.spoke:
                 first_text_by = min(loop.time() + self._first_chunk_timeout, latest)
             await asyncio.sleep(pause)
 
-    async def _stream(self, course: Course, prompt: Prompt, said: str) -> AsyncGenerator[str, None]:
-        """Ask once and yield the answer's text; raise Fault, Failed or Blocked."""
+    async def _stream(self, course: Course, prompt: Prompt, said: str, hear: Callable[[str], None]) -> None:
+        """Ask once, and pass the answer's text on as it comes; raise Fault, Failed or Blocked."""
         client = self._kept if course.first else self._fresh
         assert client is not None
         url = f"{course.model.url}:streamGenerateContent?alt=sse"
@@ -314,7 +344,7 @@ class Gemini(Counsellor):
                 while block and not answer.over:
                     block = await response.content.readany()
                     if text := answer.feed(block) if block else answer.end():
-                        yield text
+                        hear(text)
                 answer.check()
                 if client is self._kept:
                     await self._read_tail(response)

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +18,7 @@ import jwt
 from aiohttp import web
 from tools import PATIENCE
 
-from bemore.counsellor import Counsellor, Notice, Prompt
+from bemore.counsellor import Counsellor, Notice, Prompt, Say
 from bemore.settings import Settings, read_settings
 from bemore.storage import Storage, Unavailable
 from bemore_voice import SESSIONS, Session, Sessions, create_app, make_runner, make_storage
@@ -117,14 +117,14 @@ class Talk:
         self._words.put_nowait(error)
         return self
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
+    async def tell(self, prompt: Prompt, say: Say) -> None:
         self.prompt = prompt
         self.asked.set()
         try:
             while (word := await self._words.get()) is not None:
                 if isinstance(word, BaseException):
                     raise word
-                yield word
+                say(word)
         finally:
             self.closed.set()
 
@@ -143,15 +143,10 @@ class ScriptedCounsellor(Counsellor):
         self.talks.append(Talk())
         return self.talks[-1]
 
-    async def reply(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
+    async def reply(self, prompt: Prompt, say: Say) -> None:
         self.prompts.append(prompt)
         talk = self.talks.popleft() if self.talks else Talk().say("들은 말: ", prompt.message).end()
-        stream = talk.stream(prompt)
-        try:
-            async for word in stream:
-                yield word
-        finally:
-            await stream.aclose()
+        await talk.tell(prompt, say)
 
 
 class Client:

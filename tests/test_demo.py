@@ -2,7 +2,7 @@
 
 import pytest
 
-from bemore.counsellor import Emotion, Prompt, Turn
+from bemore.counsellor import Emotion, Notice, Prompt, Turn
 from bemore.demo import Demo, demo_reply
 
 
@@ -30,6 +30,7 @@ def test_a_long_sentence_is_quoted_with_a_mark_where_it_is_cut() -> None:
 
 async def test_the_demo_streams_word_by_word() -> None:
     prompt = Prompt("", "네", [Turn(1, "", "")])
-    words = [str(word) async for word in Demo().reply(prompt)]
+    words: list[str | Notice] = []
+    await Demo().reply(prompt, words.append)
     assert len(words) > 5
-    assert "".join(words) == demo_reply(prompt)
+    assert "".join(map(str, words)) == demo_reply(prompt)

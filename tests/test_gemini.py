@@ -9,7 +9,6 @@ import tracemalloc
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
 from email.utils import formatdate
 from typing import Any
 
@@ -49,22 +48,28 @@ async def model(gemini: GeminiStandIn) -> AsyncIterator[Gemini]:
 
 
 async def read(model: Gemini, prompt: Prompt = PROMPT) -> list[str]:
-    async with aclosing(model.reply(prompt)) as texts:
-        return [str(text) async for text in texts]
+    texts: list[str | Notice] = []
+    await model.reply(prompt, texts.append)
+    return [str(text) for text in texts]
 
 
 async def failure_of(model: Gemini) -> tuple[list[str], Failed]:
-    texts: list[str] = []
-
-    async def collect() -> None:
-        async with aclosing(model.reply(PROMPT)) as pieces:
-            async for text in pieces:
-                texts.append(str(text))  # noqa: PERF401 - what came before the failure counts
-
+    texts: list[str | Notice] = []
     with pytest.raises(Failed) as caught:
-        await collect()
+        await model.reply(PROMPT, texts.append)
     assert KEY not in repr(caught.value)
-    return texts, caught.value
+    return [str(text) for text in texts], caught.value
+
+
+async def leave_after(model: Gemini, number: int) -> list[str]:
+    """Read so many pieces of a reply and leave it, as by a cancel; return them."""
+    texts: list[str | Notice] = []
+    reading = asyncio.create_task(model.reply(PROMPT, texts.append))
+    await until(lambda: len(texts) == number)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    return [str(text) for text in texts]
 
 
 async def test_the_request_is_what_the_interface_takes(gemini: GeminiStandIn, model: Gemini) -> None:
@@ -199,15 +204,9 @@ async def test_what_the_safety_filter_holds_back_is_told_as_such(
     gemini: GeminiStandIn, model: Gemini, blocks: list[bytes], before: list[str]
 ) -> None:
     gemini.default = stream(*blocks)
-    texts: list[str] = []
-
-    async def collect() -> None:
-        async with aclosing(model.reply(PROMPT)) as pieces:
-            async for text in pieces:
-                texts.append(str(text))  # noqa: PERF401 - what came before counts
-
+    texts: list[str | Notice] = []
     with pytest.raises(Blocked):
-        await collect()
+        await model.reply(PROMPT, texts.append)
     assert texts == before
 
 
@@ -469,8 +468,8 @@ async def test_a_marker_around_the_cut_is_never_shown(gemini: GeminiStandIn, mod
     for begun, said in ((RISK_MARKER[:4], ""), (RISK_MARKER, ""), ("네, ", "네, "), ("네, " + RISK_MARKER[:1], "네, ")):
         gemini.requests.clear()
         gemini.answers.extend([stream(event(begun)), stream(*pieces, event(finish="STOP"))])
-        async with aclosing(model.reply(PROMPT)) as told:
-            texts = [text async for text in told]
+        texts: list[str | Notice] = []
+        await model.reply(PROMPT, texts.append)
         assert Notice.RISK in texts
         assert "".join(text for text in texts if isinstance(text, str)).strip() == "네, 말씀해 주세요."
         contents = gemini.requests[1]["body"]["contents"]
@@ -485,8 +484,7 @@ async def test_the_safety_filter_in_the_rest_of_an_answer_is_told_as_such(gemini
 
 async def test_leaving_the_rest_of_an_answer_closes_its_stream(gemini: GeminiStandIn, model: Gemini) -> None:
     gemini.answers.extend([stream(event("가")), silent_after(event("나"))])
-    async with aclosing(model.reply(PROMPT)) as texts:
-        assert [await anext(texts), await anext(texts)] == ["가", " 나"]
+    assert await leave_after(model, 2) == ["가", " 나"]
     await until(lambda: gemini.ended == 2)
 
 
@@ -739,6 +737,5 @@ async def test_two_hundred_replies_at_once_have_two_hundred_streams(gemini: Gemi
 
 async def test_leaving_a_reply_closes_its_stream(gemini: GeminiStandIn, model: Gemini) -> None:
     gemini.answers.append(silent_after(event("가")))
-    async with aclosing(model.reply(PROMPT)) as texts:
-        assert await anext(texts) == "가"
+    assert await leave_after(model, 1) == ["가"]
     await until(lambda: gemini.ended == 1)

@@ -259,7 +259,7 @@ async def test_a_bug_of_ours_is_answered_and_logged_without_words(
         assert error_of((await client.reply())[-1]) == "ai_unavailable"
         await client.ask("다시")
         assert kinds_of(await client.reply())[-1] == "complete"
-    assert "KeyError in stream" in caplog.text
+    assert "KeyError in tell" in caplog.text
     assert "secret" not in caplog.text
 
 
