@@ -114,6 +114,6 @@ def is_token_for(session_id: str, token: str, secret: str) -> bool:
     options: Any = {"require": ["sub", "exp"]}
     try:
         claims = jwt.decode(token, secret, algorithms=["HS256"], options=options)
-    except jwt.InvalidTokenError:
+    except (jwt.InvalidTokenError, UnicodeError):  # bytes that are no UTF-8 come as halves of surrogate pairs
         return False
     return bool(claims["sub"] == session_id)
