@@ -1546,6 +1546,8 @@ class StrayExceptionLog:
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         bug = context.get("exception")
         line = context.get("message", "") + ("" if bug is None else f": {describe_bug(bug)}")
+        if "._start_serving(" in line:
+            return  # asyncio accepts again a second after it ran out of files, also where nobody listens any more
         if line != self._line or loop.time() >= self._quiet_until:
             self._line, self._quiet_until = line, loop.time() + SAME_LINE_SECONDS
             logger.error("%s", line)

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import resource
+import socket
+import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from aiohttp import WSCloseCode, WSMsgType
 from support import SECRET, FaultyStorage, Server, logged, make_settings, serve, started
 from tools import PATIENCE, until
 
+from bemore.counsellor import Emotion
 from bemore.demo import Demo
-from bemore.door import Door, FrameWatch
-from bemore.storage import CREATE_SESSION
+from bemore.door import MAX_HEADER_BYTES, SPARE_CONNECTIONS, Door, FrameWatch
+from bemore.storage import CREATE_SESSION, NewTurn
 from bemore_voice import FRAMES_AT_ONCE, HTTP_ERRORS, make_storage
 
 HOST = b"Host: 127.0.0.1\r\n"
@@ -264,7 +267,7 @@ async def test_a_process_that_runs_out_of_files_says_so_once_and_goes_on(tmp_pat
         await stack.aclose()
         program.process.terminate()
         assert await program.end() == 0
-    assert sum(" ERROR " in line for line in program.log.splitlines()) == 1
+    assert sum(" ERROR " in line for line in program.log.splitlines()) == 1, program.log
 
 
 # Frames
@@ -335,3 +338,189 @@ async def test_frames_are_counted_however_they_are_cut(step: int) -> None:
         watch.feed_data(bytes([byte]))
     assert refused == [WSCloseCode.PROTOCOL_ERROR]
     assert b"".join(parser.taken)[:good] == sent
+
+
+# Connections
+
+
+async def hold(server: Server, count: int, data: bytes, stack: AsyncExitStack) -> list[Peer]:
+    """Open connections that send something and no more, and wait until the server has it."""
+    before = door_of(server).count
+    peers = [await stack.enter_async_context(knock(server.address, data)) for _ in range(count)]
+    await until(lambda: door_of(server).count == before + count)
+    return peers
+
+
+HALF = b"GET /health HTTP/1.1\r\n" + HOST + b"X: a"
+
+
+async def test_every_connection_counts_from_its_acceptance(tmp_path: Path) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_CONNECTIONS=3)
+    async with serve(settings, Demo()) as server, AsyncExitStack() as stack:
+        await hold(server, 1, b"", stack)
+        await hold(server, 1, HALF, stack)
+        async with knock(server.address, b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n") as kept_alive:
+            assert (await kept_alive.answer())[0] == 200
+            async with knock(server.address, HANDSHAKE) as peer:
+                status, headers, body = await peer.answer()
+                assert (status, json.loads(body)["code"]) == (503, "too_many_connections")
+                assert int(headers["retry-after"]) > 0
+                assert await peer.gone() == b""
+            assert not list(await server.storage.fetch("SELECT * FROM sessions"))
+        await until(lambda: door_of(server).count == 2)
+        async with upgraded(server) as peer:
+            peer.send(PING)
+            assert json.loads((await peer.frame())[1])["type"] == "pong"
+
+
+async def test_a_full_server_tells_a_load_balancer_that_it_is_well_and_lets_go_of_it(tmp_path: Path) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_CONNECTIONS=1)
+    async with serve(settings, Demo()) as server, server.connect() as client:
+        async with knock(server.address, b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n") as peer:
+            status, headers, _ = await peer.answer()
+            assert (status, headers["connection"]) == (200, "close")
+            assert await peer.gone() == b""
+        await client.silent()
+
+
+async def test_far_beyond_the_limit_connections_are_closed_unheard(tmp_path: Path) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_CONNECTIONS=1)
+    async with serve(settings, Demo()) as server, AsyncExitStack() as stack:
+        await hold(server, 1 + SPARE_CONNECTIONS, b"", stack)
+        async with knock(server.address) as peer:
+            assert await peer.gone() == b""
+        assert door_of(server).count == 1 + SPARE_CONNECTIONS
+
+
+async def bytes_held(server: Server, data: bytes) -> float:
+    """What a connection holds that has sent something and no more, with the client's end of it."""
+    count = 20
+    async with AsyncExitStack() as stack:
+        await hold(server, 1, data, stack)  # what is made once for all
+        tracemalloc.start()
+        try:
+            await hold(server, count, data, stack)
+            held = sum(line.size for line in tracemalloc.take_snapshot().statistics("filename"))
+        finally:
+            tracemalloc.stop()
+    await until(lambda: door_of(server).count == 0)
+    return held / count
+
+
+FIELDS = {
+    "a few long lines": b"X-%d: " + b"a" * 8000,
+    "many lines": b"X-%d: " + b"a" * 120,
+    "wide characters": b"X-%d: " + "😥".encode() * 30,
+    "long names": b"X-%d" + b"a" * 4000 + b": a",
+}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+async def test_a_header_that_never_ends_is_refused_before_it_takes_much_memory(server: Server, kind: str) -> None:
+    lines = b"".join(FIELDS[kind] % number + b"\r\n" for number in range(300))
+    head = b"GET /health HTTP/1.1\r\n" + HOST + lines
+    held = await bytes_held(server, head[:MAX_HEADER_BYTES]) - await bytes_held(server, b"")
+    assert held < 80 * 1024
+    async with knock(server.address, head[: 2 * MAX_HEADER_BYTES]) as peer:
+        assert await peer.refused() == (400, "invalid_request")
+
+
+async def test_a_header_behind_another_request_has_its_limit_too(tmp_path: Path) -> None:
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: str) -> None:
+        arrived.set()
+        await go_on.wait()
+
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    storage = FaultyStorage(make_storage(settings))
+    async with serve(settings, Demo(), storage) as server:
+        storage.wait = wait
+        async with knock(server.address, b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n") as peer:
+            await arrived.wait()
+            peer.send(b"GET /health HTTP/1.1\r\n" + b"X: " + (b"a" * 4000 + b"\r\nX: ") * 5)
+            peer.send(b"a\r\n\r\n")
+            go_on.set()
+            assert (await peer.answer())[0] == 200
+            assert await peer.refused() == (400, "invalid_request")
+            assert await peer.gone() == b""
+
+
+async def test_what_comes_in_heaps_before_a_handshake_is_answered_is_cut_off(tmp_path: Path) -> None:
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: str) -> None:
+        arrived.set()
+        await go_on.wait()
+
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    storage = FaultyStorage(make_storage(settings))
+    async with serve(settings, Demo(), storage) as server:
+        storage.wait = wait
+        async with knock(server.address, HANDSHAKE) as peer:
+            await arrived.wait()
+            peer.send(b"a" * (MAX_HEADER_BYTES + 8192))
+            await until(lambda: door_of(server).count == 0)
+            go_on.set()
+    assert not errors()
+
+
+# Time
+
+
+async def test_the_second_header_of_a_connection_has_its_time_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bemore_voice.HEADER_SECONDS", 0.3)
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()) as server:
+        request_ = b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n"
+        async with knock(server.address, request_) as idle, knock(server.address, request_) as slow:
+            assert (await idle.answer())[0] == (await slow.answer())[0] == 200
+            slow.send(HALF)
+            assert await slow.gone() == b""
+            idle.send(request_)  # between two requests only the keep-alive's time counts
+            assert (await idle.answer())[0] == 200
+
+
+async def test_a_reader_that_never_takes_its_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bemore_voice.REQUEST_SECONDS", 0.5)
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()) as server, server.connect("나") as talking:
+        await server.storage.create_session("s")
+        for number in range(200):
+            await server.storage.add_turn("s", NewTurn("가" * 2000, "답" * 16_000, Emotion.SAD, number))
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(server.address)
+            reader.sendall(b"GET /api/sessions/s/conversations?limit=200 HTTP/1.1\r\n" + HOST + b"\r\n")
+            await until(lambda: door_of(server).count == 2)
+            await until(lambda: door_of(server).count == 1)
+        await talking.silent()
+    assert not errors()
+
+
+async def test_a_reader_of_small_answers_that_takes_none_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fits aiohttp's buffer is answered as far as a handler can see."""
+    monkeypatch.setattr("bemore_voice.REQUEST_SECONDS", 0.5)
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()) as server:
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(server.address)
+            reader.setblocking(False)
+            request_ = b"GET / HTTP/1.1\r\n" + HOST + b"\r\n"
+            await until(lambda: door_of(server).count == 1)
+            while door_of(server).count:
+                with suppress(OSError):
+                    reader.send(request_)
+                await asyncio.sleep(0)
+    assert not errors()
+
+
+async def test_a_socket_has_no_such_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bemore_voice.HEADER_SECONDS", 0.2)
+    monkeypatch.setattr("bemore_voice.REQUEST_SECONDS", 0.2)
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()) as server, server.connect() as client:
+        async with knock(server.address, HALF) as slow:
+            assert await slow.gone() == b""  # later than the socket's time would have been
+        await client.silent()
