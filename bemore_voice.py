@@ -89,6 +89,7 @@ CLOSE_SECONDS = 2  # for the peer's half of the closing handshake
 DRAIN_SECONDS = 10  # for replies in progress on SIGTERM
 STORE_SECONDS = 5  # a turn is tried to be stored for so long
 PLEA_WAITS_SECONDS = 0.03  # for the row of the reply before it; an insert takes a tenth of that
+CREATION_SECONDS = 1  # of a session in its first handshake; then its first request creates it
 SETTLE_SECONDS = 5  # between two tries to do what the database still owes
 HEADER_SECONDS = 10  # for a request's header; phones on bad networks need two or three
 REQUEST_SECONDS = 60  # from a request's header until its answer is taken: the longest page on a slow line
@@ -1341,9 +1342,10 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
         raise HttpRefusal("upgrade_required")
     sessions, to_be_created = request.app[SESSIONS], request.app[SETTINGS].auto_create_sessions
     if to_be_created:
-        # A database that is away keeps nobody from connecting: a lost reply may wait here for this socket.
-        with contextlib.suppress(StorageError):
-            await sessions.services.storage.create_session(session_id)
+        # A database that is away or slow keeps nobody from connecting: a lost reply may wait here for this socket.
+        with contextlib.suppress(StorageError, TimeoutError):
+            async with asyncio.timeout(CREATION_SECONDS):
+                await sessions.services.storage.create_session(session_id)
             to_be_created = False
     # From here to join() nothing waits for anything, so that the count still holds.
     if sessions.draining:

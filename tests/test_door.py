@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from aiohttp import WSCloseCode, WSMsgType
-from support import SECRET, FaultyStorage, Server, logged, make_settings, serve, started
+from support import SECRET, FaultyStorage, Server, logged, make_settings, serve, started, text_of
 from tools import PATIENCE, until
 
+from bemore.care import FIRST, Signal
 from bemore.counsellor import Emotion
 from bemore.demo import Demo
 from bemore.door import MAX_HEADER_BYTES, SPARE_CONNECTIONS, Door, FrameWatch
@@ -247,6 +248,33 @@ async def test_a_client_that_leaves_during_the_handshake_is_no_error(tmp_path: P
         await until(lambda: not door_of(server).connections)
         assert not server.sessions
     assert not errors()
+
+
+async def test_a_plea_does_not_wait_behind_a_handshake_for_a_database_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bemore_voice.CREATION_SECONDS", 0.1)
+    hanging, healed = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: str) -> None:
+        hanging.set()
+        await healed.wait()
+
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    storage = FaultyStorage(make_storage(settings))
+    async with serve(settings, Demo(), storage) as server:
+        storage.wait = wait
+        async with server.connect("s") as client:  # the database never answers meanwhile
+            assert hanging.is_set()
+            await client.ask("이제 정말 죽고 싶어요")
+            frames = [await client.frame(), await client.frame()]
+            assert text_of(frames) == FIRST[Signal.EXPLICIT]
+            assert storage.statements.count(CREATE_SESSION) >= 1
+            healed.set()
+            assert (await client.reply())[-1]["type"] == "ai_stream_complete"
+            await client.ask("들어 주셔서 고마워요")
+            assert (await client.reply())[-1]["type"] == "ai_stream_complete"
+        assert len(await server.rows("s")) == 2
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux sets the limits of another process")
