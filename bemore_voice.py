@@ -1112,6 +1112,7 @@ class Sessions:
 
 SETTINGS = web.AppKey("settings", Settings)
 SESSIONS = web.AppKey("sessions", Sessions)
+LOCAL = web.AppKey("local", bool)  # only this machine can connect
 NEW_SESSIONS = web.AppKey("new_sessions", access.AddressLimit)
 
 SPOKEN = (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG)  # by a peer that is there
@@ -1208,8 +1209,9 @@ def check_origin(request: web.Request) -> None:
     """Refuse a browser's page of an origin that may not talk to this server."""
     settings = request.app[SETTINGS]
     scheme = forwarded(request, "X-Forwarded-Proto") or request.scheme
-    own, guard = f"{scheme}://{request.host}", settings.local and not settings.trust_proxy
-    if not access.is_welcome(request.headers.get("Origin"), own, settings.allowed_origins, guard_name=guard):
+    origin, own = request.headers.get("Origin"), f"{scheme}://{request.host}"
+    guard_name = request.app[LOCAL] and not settings.trust_proxy
+    if not access.is_welcome(origin, own, settings.allowed_origins, guard_name=guard_name, name=settings.host):
         raise HttpRefusal("origin_not_allowed")
 
 
@@ -1448,6 +1450,7 @@ def create_app(
     app = web.Application(middlewares=[answer_refusals], client_max_size=MAX_BODY_BYTES)
     app[SETTINGS] = settings
     app[SESSIONS] = Sessions(services)
+    app[LOCAL] = access.is_loopback(settings.host)
     app[NEW_SESSIONS] = access.AddressLimit(settings.max_new_sessions_per_minute, monotonic)
     app.cleanup_ctx.append(open_services)
     app.on_response_prepare.append(add_headers)

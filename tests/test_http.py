@@ -376,6 +376,15 @@ async def test_a_strangers_name_for_this_machine_is_refused(guarded: Server) -> 
             assert response.status in (400, 403)
 
 
+@pytest.mark.parametrize("host", ["LOCALHOST", "0:0:0:0:0:0:0:1", "127.1"])
+async def test_a_loopback_address_is_guarded_however_it_is_written(tmp_path: Path, host: str) -> None:
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db", HOST=host), Demo()) as server:
+        for strange in ({"Host": "evil.example"}, {"Host": "evil.example:80", "Origin": "http://evil.example:80"}):
+            assert await refused(server, "/ws/session/x", headers=strange) == (403, "origin_not_allowed")
+        async with server.connect() as client:
+            await client.silent()
+
+
 async def test_a_server_that_others_reach_goes_by_any_name(tmp_path: Path) -> None:
     async with serve(make_settings(f"sqlite:///{tmp_path}/a.db", HOST="0.0.0.0"), Demo()) as server:
         headers = {"Host": "voice.example:8000", "Origin": "http://voice.example:8000"}
