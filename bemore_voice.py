@@ -1605,10 +1605,9 @@ async def serve(settings: Settings) -> None:
         await runner.setup()
         try:
             await web.TCPSite(runner, settings.host, settings.port).start()
-        except OSError as error:
-            raise ConfigError(
-                f"HOST, PORT: cannot listen on {settings.host}:{settings.port} ({error.strerror})"
-            ) from None
+        except (OSError, UnicodeError) as error:  # also a name that no name server may be asked for
+            reason = getattr(error, "strerror", "no such name")
+            raise ConfigError(f"HOST, PORT: cannot listen on {settings.host}:{settings.port} ({reason})") from None
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

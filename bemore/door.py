@@ -12,7 +12,7 @@ from aiohttp.http import HttpProcessingError, RawRequestMessage, WebSocketReader
 from aiohttp.streams import StreamReader
 from aiohttp.web_request import BaseRequest
 
-MAX_HEADER_BYTES = 16 * 1024  # of one request, its line too; aiohttp's own limits, by line and number, add up to 1 MiB
+MAX_HEADER_BYTES = 16 * 1024  # of a request, and of all that wait behind it; aiohttp's own limits add up to 1 MiB each
 PIECE_BYTES = 4 * 1024  # handed to the parser at a time, so that a header that is too long is not parsed first
 SPARE_CONNECTIONS = 64  # beyond the most: they are told so, and close
 SWEEP_SECONDS = 1  # between two looks at all connections whose time is limited
@@ -85,7 +85,7 @@ class Connection(web.RequestHandler):
         self._until = math.inf  # by the loop's time: what is under way must be over
         self._answered = False  # the last request, and nothing has come since
         self._body: StreamReader | None = None  # of the request that came last
-        self._header_bytes = 0  # of a request that has not come whole
+        self._header_bytes = 0  # of requests that have not come whole, or wait behind another
         self._watch: FrameWatch | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -115,6 +115,8 @@ class Connection(web.RequestHandler):
     def begin(self) -> None:
         """Note that a request's handler begins."""
         self._answered = False
+        if not self._messages:
+            self._header_bytes = 0
         self._allow(self._door.request_seconds)
 
     def _allow(self, seconds: float) -> None:
@@ -138,19 +140,19 @@ class Connection(web.RequestHandler):
             self._read_piece(data[start : start + PIECE_BYTES])
 
     def _read_piece(self, piece: bytes) -> None:
-        """Hand a piece to the parser, and refuse what is a header, or comes behind a handshake, and too long."""
+        """Hand a piece to the parser; refuse headers, or what follows a handshake, where too much of it waits."""
         requests = self._request_count
-        super().data_received(piece)
-        if self._request_count != requests:
-            self._header_bytes = 0
-            self._body = self._messages[-1][1]
-        elif self._body is None or self._body.is_eof():
+        if self._body is None or self._body.is_eof():
             self._header_bytes += len(piece)
-            if self._header_bytes > MAX_HEADER_BYTES:
-                if self._upgraded:
-                    self.cut()
-                else:
-                    super().data_received(b"\0")  # which no header may hold: it is answered as any other bad one
+        super().data_received(piece)
+        if whole := self._request_count != requests:
+            self._body = self._messages[-1][1]
+        if self._header_bytes > MAX_HEADER_BYTES and not (whole and len(self._messages) == 1):
+            self._header_bytes = 0
+            if self._upgraded:
+                self.cut()
+            else:
+                super().data_received(b"\0")  # which no header may hold: it is answered as any other bad one
 
     def watch_frames(self, take: Callable[[float], bool], refuse: Callable[[WSCloseCode], None]) -> None:
         """Have `take` count each frame of the WebSocket to come, at the loop's time; `refuse` gets a close code."""

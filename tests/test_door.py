@@ -474,6 +474,33 @@ async def test_a_header_behind_another_request_has_its_limit_too(tmp_path: Path)
             assert await peer.gone() == b""
 
 
+async def test_requests_that_wait_behind_another_share_one_limit(tmp_path: Path) -> None:
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: str) -> None:
+        arrived.set()
+        await go_on.wait()
+
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    storage = FaultyStorage(make_storage(settings))
+    async with serve(settings, Demo(), storage) as server:
+        storage.wait = wait
+        request_ = b"GET /health HTTP/1.1\r\n" + HOST + b"X: %s\r\n\r\n"
+        async with knock(server.address, request_ % b"a") as peer:
+            await arrived.wait()
+            peer.send(request_ % b"a" * 50)
+            for _ in range(20):
+                peer.send(request_ % (b"a" * 4000))
+            go_on.set()
+            answers = [(await peer.answer())[0]]
+            while answers[-1] == 200:
+                answers.append((await peer.answer())[0])
+            assert answers[-1] == 400
+            assert 51 <= len(answers) < 60
+            assert await peer.gone() == b""
+    assert not errors()
+
+
 async def test_what_comes_in_heaps_before_a_handshake_is_answered_is_cut_off(tmp_path: Path) -> None:
     arrived, go_on = asyncio.Event(), asyncio.Event()
 
