@@ -17,7 +17,7 @@ from tools import PATIENCE, until
 from bemore.care import FIRST, Signal
 from bemore.counsellor import Emotion
 from bemore.demo import Demo
-from bemore.door import MAX_HEADER_BYTES, SPARE_CONNECTIONS, Door, FrameWatch
+from bemore.door import MAX_HEADER_BYTES, SPARE_CONNECTIONS, Connection, Door, FrameWatch
 from bemore.storage import CREATE_SESSION, NewTurn
 from bemore_voice import FRAMES_AT_ONCE, HTTP_ERRORS, make_storage
 
@@ -105,6 +105,10 @@ def frame(payload: bytes, opcode: int = WSMsgType.TEXT, *, fin: bool = True, mas
 
 def errors() -> list[str]:
     return [line for line in logged if line.startswith("ERROR")]
+
+
+def connections_of(server: Server) -> list[Connection]:
+    return [each for each in door_of(server).connections if isinstance(each, Connection)]
 
 
 def door_of(server: Server) -> Door:
@@ -428,6 +432,7 @@ async def bytes_held(server: Server, data: bytes) -> float:
         tracemalloc.start()
         try:
             await hold(server, count, data, stack)
+            await until(lambda: all(each._header_bytes == len(data) for each in connections_of(server)))
             held = sum(line.size for line in tracemalloc.take_snapshot().statistics("filename"))
         finally:
             tracemalloc.stop()
