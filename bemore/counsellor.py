@@ -36,7 +36,7 @@ class Prompt:
     instruction: str
     message: str
     history: Sequence[Turn] = ()
-    emotion: Emotion | None = None  # in the face; the instruction says what follows from it
+    emotion: Emotion | None = None  # a signal beside the words; the instruction says what follows
     at_risk: bool = False  # has spoken of suicide or self-harm, now or earlier in the session
 
 
@@ -93,7 +93,7 @@ class Blocked(CounsellorError):
 class Counsellor(ABC):
     """A context manager that holds its connections, and one stream of text for each prompt."""
 
-    name: str  # a model's, for people to read
+    name: str  # of whoever answers, for people to read
 
     async def __aenter__(self) -> Self:
         return self

@@ -29,7 +29,7 @@ class FrameWatch:
 
     __slots__ = ("_head", "_left", "_refuse", "_refused", "_take", "parser")
 
-    def __init__(self, take: Callable[[float], bool], refuse: Callable[[WSCloseCode], None]) -> None:
+    def __init__(self, take: Callable[[int, float], bool], refuse: Callable[[WSCloseCode], None]) -> None:
         self.parser: WebSocketReader | None = None
         self._take = take
         self._refuse = refuse
@@ -64,7 +64,7 @@ class FrameWatch:
                 return WSCloseCode.PROTOCOL_ERROR, max(0, at - passed)
             if end > len(data):
                 break
-            if not self._take(asyncio.get_running_loop().time()):
+            if not self._take(data[at] & 0x0F, asyncio.get_running_loop().time()):
                 return WSCloseCode.POLICY_VIOLATION, max(0, at - passed)
             at = end + (int.from_bytes(data[at + 2 : end - 4], "big") if extended else length)
         self._head = bytes(data[at:])
@@ -154,8 +154,8 @@ class Connection(web.RequestHandler):
             else:
                 super().data_received(b"\0")  # which no header may hold: it is answered as any other bad one
 
-    def watch_frames(self, take: Callable[[float], bool], refuse: Callable[[WSCloseCode], None]) -> None:
-        """Have `take` count each frame of the WebSocket to come, at the loop's time; `refuse` gets a close code."""
+    def watch_frames(self, take: Callable[[int, float], bool], refuse: Callable[[WSCloseCode], None]) -> None:
+        """Have `take` count each frame of the WebSocket to come, by opcode and time; `refuse` gets a close code."""
         self._watch = FrameWatch(take, refuse)
 
     def set_parser(self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None) -> None:

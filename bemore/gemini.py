@@ -7,9 +7,12 @@ import contextlib
 import email.utils
 import json
 import logging
+import math
 import random
+import re
 import time
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -20,32 +23,133 @@ from bemore.counsellor import Blocked, Counsellor, Failed, MarkerFilter, Notice,
 logger = logging.getLogger("bemore_voice")
 
 MAX_LINE_BYTES = 1024 * 1024  # of the event stream: thought signatures make long lines
-ATTEMPTS = 3  # before the first chunk; never after it
+ATTEMPTS = 3  # at the first text, of the first model; the fallback is asked once
 KEEPALIVE_SECONDS = 120  # people think between two turns; a new TLS connection costs 100 to 300 ms
 TAIL_SECONDS = 0.5  # from the finish reason to the end of the body, so that the connection can be kept
 
-# What an operator can mend; other statuses speak for themselves.
+# What an operator can mend, where {setting} names the model; other statuses speak for themselves.
 HINTS = {
-    400: "check GEMINI_API_KEY, and whether GEMINI_MODEL takes GEMINI_THINKING_LEVEL and GEMINI_MAX_OUTPUT_TOKENS",
+    400: "check GEMINI_API_KEY, and whether {setting} takes GEMINI_THINKING_LEVEL and GEMINI_MAX_OUTPUT_TOKENS",
     401: "check GEMINI_API_KEY",
     403: "check GEMINI_API_KEY and what it may use",
-    404: "check GEMINI_MODEL and GEMINI_BASE_URL",
+    404: "check {setting} and GEMINI_BASE_URL",
 }
-RETRIED = frozenset({408, 429, *range(500, 600)})
+NO_STATUS = 0  # the connection failed
+RETRIED = frozenset({NO_STATUS, 408, 429, *range(500, 600)})
+UNAVAILABLE = frozenset({404, 429, *range(500, 600)})  # the model is gone or overloaded; another may not be
 # https://ai.google.dev/api/generate-content#FinishReason: those by which content was held back.
 BLOCKED = frozenset({"SAFETY", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"})
+
+# Asks for the rest of an answer that was cut off, from its last word on, since that may have broken in its middle.
+GO_ON = """\
+(앱에서 알려 드립니다. 통신이 끊겨 당신의 답이 도중에 멈췄고, 상대는 바로 위에 적힌 데까지만 들었습니다. 인사나 사과, \
+설명 없이 하던 말을 이어서 마쳐 주세요. 끊긴 자리의 마지막 어절부터 다시 적어 자연스럽게 이어 가고, 그보다 앞의 말은 \
+되풀이하지 마세요. 더 할 말이 없다면 마지막 어절만 적어 주세요.)"""
+CLOSING = ".,!?…~)]”’"  # no space stands before these
 
 
 def failed(cause: str) -> Failed:
     return Failed(f"Gemini: {cause}")
 
 
-class TryAgain(Exception):
-    """An answer that may be another the next time, after `pause` seconds where Gemini named them."""
+class Fault(Exception):
+    """A request that brought no whole answer, where another request may."""
 
-    def __init__(self, cause: str, pause: float | None = None) -> None:
+    def __init__(
+        self, cause: str, *, status: int = NO_STATUS, pause: float | None = None, dropped: bool = False
+    ) -> None:
         super().__init__(cause)
-        self.pause = pause
+        self.cause = cause
+        self.status = status
+        self.pause = pause  # in seconds, where Gemini named them
+        self.dropped = dropped  # an open connection was, before any answer: it may have been kept for too long
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    name: str
+    setting: str  # that names it
+    url: str
+
+
+class Course:
+    """Which request of a reply comes next: the same again, one to the fallback, or one for the rest of the answer."""
+
+    def __init__(self, model: Model, fallback: Model | None) -> None:
+        self.model = model
+        self.first = True  # only this request may take a kept connection
+        self._fallback = fallback
+        self._attempt, self._last = 1, ATTEMPTS
+        self._cut_off = False
+
+    def after(self, fault: Fault, spoke: bool, left: float) -> float:
+        """Return the seconds until the next request; raise Failed where none is left, or none in the time that is.
+
+        `spoke` tells whether there was any text before the fault.
+        """
+        first, self.first = self.first, False
+        if self._cut_off:
+            raise failed(f"{fault.cause}, for the rest of an answer that was cut off")
+        if spoke:
+            self._cut_off = True
+            logger.warning("Gemini: %s: asking for the rest of the answer", fault.cause)
+            return 0
+        if first and fault.dropped:
+            return 0  # it may never have reached Gemini: no attempt
+        cause = f"{fault.cause}, attempt {self._attempt}" if fault.status in RETRIED else fault.cause
+        pause = self._pause(fault)
+        if pause > left:
+            if self._fallback is None or fault.status not in UNAVAILABLE:
+                raise failed(cause)
+            logger.warning("Gemini: %s: asking GEMINI_FALLBACK_MODEL", cause)
+            self.model, self._fallback, self._last, pause = self._fallback, None, self._attempt + 1, 0
+        self._attempt += 1
+        return pause
+
+    def _pause(self, fault: Fault) -> float:
+        """Return the seconds until the same model is asked again; infinite where it is not."""
+        if fault.status not in RETRIED or self._attempt == self._last:
+            return math.inf
+        if fault.pause is not None:
+            return fault.pause
+        if fault.status == 429 and self._fallback is not None:
+            return math.inf  # nobody knows for how long its quota is used up
+        return random.uniform(0.1, 0.2) * 2.0**self._attempt
+
+
+class Joint:
+    """Joins the rest of an answer to what was said before it was cut off: no words twice, and a space between.
+
+    The rest begins with the last word again, or with more of what was said: so much is held back until it differs.
+    """
+
+    def __init__(self, said: str) -> None:
+        self._said = said  # nothing once the two are joined
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """Return what can be said so far."""
+        if not self._said:
+            return text  # nearly always
+        self._held += text
+        words, again = self._said.rstrip(), self._held.lstrip()
+        if any(words.startswith(again, word.start()) for word in re.finditer(r"\S+", words)):
+            return ""
+        return self.rest()
+
+    def rest(self) -> str:
+        """Return what was held back, once it is known where it goes on."""
+        said, text = self._said, self._held
+        self._said = self._held = ""
+        words, again = said.rstrip(), text.lstrip()
+        whole_word = said != words
+        for word in re.finditer(r"\S+", words):
+            repeated, more = words[word.start() :], again[len(words) - word.start() :]
+            if again.startswith(repeated) and not (whole_word and more[:1].strip()):
+                return more.lstrip() if whole_word else more
+        if whole_word or not again:
+            return again
+        return text if text != again or again[0] in CLOSING else f" {text}"
 
 
 class Gemini(Counsellor):
@@ -57,6 +161,7 @@ class Gemini(Counsellor):
         api_key: str,
         base_url: str,
         model: str,
+        fallback_model: str = "",
         max_output_tokens: int,
         thinking_level: str,
         first_chunk_timeout: float,
@@ -64,9 +169,14 @@ class Gemini(Counsellor):
         reply_timeout: float,
         keepalive: float = KEEPALIVE_SECONDS,
     ) -> None:
-        self.name = model
         self._api_key = api_key
-        self._model_url = f"{base_url}/models/{quote(model)}"
+        self._model = Model(model, "GEMINI_MODEL", f"{base_url}/models/{quote(model)}")
+        self._fallback: Model | None = None
+        self.name = model
+        if fallback_model:
+            url = f"{base_url}/models/{quote(fallback_model)}"
+            self._fallback = Model(fallback_model, "GEMINI_FALLBACK_MODEL", url)
+            self.name = f"{model}, fallback {fallback_model}"
         self._generation: dict[str, object] = {"maxOutputTokens": max_output_tokens}
         if thinking_level:
             self._generation["thinkingConfig"] = {"thinkingLevel": thinking_level}
@@ -74,30 +184,37 @@ class Gemini(Counsellor):
         self._chunk_timeout = chunk_timeout
         self._reply_timeout = reply_timeout
         self._keepalive = keepalive
-        self._client: aiohttp.ClientSession | None = None
+        self._kept: aiohttp.ClientSession | None = None  # its connections are, for the next reply
+        self._fresh: aiohttp.ClientSession | None = None  # opens a connection for each request
         self._warm_until = 0.0  # by the loop's clock: so long a connection is kept
         self._warming: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._client = aiohttp.ClientSession(
-            # No cap: 400 replies at once need 400 streams, and aiohttp would let 100 through.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=self._keepalive),
-            timeout=aiohttp.ClientTimeout(),  # reply() has limits of its own
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={
-                "x-goog-api-key": self._api_key,
-                "Content-Type": "application/json",
-                "Accept-Encoding": "identity",  # compression would hold chunks back
-            },
-        )
+        self._kept = self._open_client(keepalive_timeout=self._keepalive)
+        self._fresh = self._open_client(force_close=True)
         self.prepare()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._warming is not None:
             self._warming.cancel()
-        if self._client is not None:
-            await self._client.close()
+        for client in (self._kept, self._fresh):
+            if client is not None:
+                await client.close()
+
+    def _open_client(self, **connections: Any) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            # No cap: 400 replies at once need 400 streams, and aiohttp would let 100 through.
+            connector=aiohttp.TCPConnector(limit=0, **connections),
+            timeout=aiohttp.ClientTimeout(),  # reply() has limits of its own
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,  # a few bytes may stand for any number
+            headers={
+                "x-goog-api-key": self._api_key,
+                "Content-Type": "application/json",
+                "Accept-Encoding": "identity",  # compression would hold chunks back
+            },
+        )
 
     # Warm connections
 
@@ -111,26 +228,31 @@ class Gemini(Counsellor):
         self._warm_until = asyncio.get_running_loop().time() + self._keepalive
 
     async def _warm_up(self) -> None:
-        """Ask for the model's description, which costs nothing; a wrong key or name is told before anyone speaks."""
-        assert self._client is not None
+        """Ask for the models' descriptions, which costs nothing; a wrong key or name is told before anyone speaks."""
+        assert self._kept is not None
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # a reply will find the same, and say so
-            async with (
-                asyncio.timeout(self._first_chunk_timeout),
-                self._client.get(self._model_url, allow_redirects=False) as response,
-            ):
-                await response.read()
-                if hint := HINTS.get(response.status):
-                    logger.warning("Gemini: status %d for the model's description: %s", response.status, hint)
+            async with asyncio.timeout(self._first_chunk_timeout):
+                for model in filter(None, (self._model, self._fallback)):
+                    async with self._kept.get(model.url, allow_redirects=False) as response:
+                        if hint := hint_for(response.status, model):
+                            logger.warning("Gemini: status %d for the model's description: %s", response.status, hint)
+                        await drain(response)
 
     # Replies
 
-    def request_body(self, prompt: Prompt) -> dict[str, object]:
-        """Return the body of streamGenerateContent; what the person said is only ever in a user part."""
+    def request_body(self, prompt: Prompt, said: str = "") -> dict[str, object]:
+        """Return the body of streamGenerateContent; what the person said is only ever in a user part.
+
+        `said` is what there was of an answer that was cut off: the rest is asked for.
+        """
         contents = []
         for turn in prompt.history:
             contents.append({"role": "user", "parts": [{"text": turn.user_message}]})
             contents.append({"role": "model", "parts": [{"text": turn.ai_response}]})
         contents.append({"role": "user", "parts": [{"text": prompt.message}]})
+        if said:
+            contents.append({"role": "model", "parts": [{"text": said}]})
+            contents.append({"role": "user", "parts": [{"text": GO_ON}]})  # models refuse to go on after their own turn
         return {
             "systemInstruction": {"parts": [{"text": prompt.instruction}]},
             "contents": contents,
@@ -140,50 +262,65 @@ class Gemini(Counsellor):
     async def reply(self, prompt: Prompt) -> AsyncGenerator[str | Notice, None]:
         loop = asyncio.get_running_loop()
         latest = loop.time() + self._reply_timeout
-        body = json.dumps(self.request_body(prompt), ensure_ascii=False).encode()
-        spoke, marker = False, MarkerFilter()
-        try:
-            async with asyncio.timeout_at(min(loop.time() + self._first_chunk_timeout, latest)) as limit:
-                for attempt in range(1, ATTEMPTS + 1):
-                    try:
-                        async with contextlib.aclosing(self._stream(body)) as texts:
-                            async for text in texts:
-                                until = min(loop.time() + self._chunk_timeout, latest)
-                                # To a hundredth of the limit: a timer a chunk would be a twelfth of a chunk's cost.
-                                if not spoke or until - (limit.when() or 0) > self._chunk_timeout / 100:
-                                    limit.reschedule(until)
-                                spoke = True
-                                for piece in marker.feed(text):
-                                    yield piece
-                        if rest := marker.rest():
-                            yield rest
-                        return
-                    except TryAgain as error:
-                        pause = random.uniform(0.1, 0.2) * 2**attempt if error.pause is None else error.pause
-                        if spoke or attempt == ATTEMPTS or pause > (limit.when() or 0) - loop.time():
-                            raise failed(f"{error}, attempt {attempt}") from None
-                    await asyncio.sleep(pause)
-        except TimeoutError:
-            name = "CHUNK_TIMEOUT_SECONDS" if spoke else "FIRST_CHUNK_TIMEOUT_SECONDS"
-            raise failed(f"{name if loop.time() < latest else 'REPLY_TIMEOUT_SECONDS'} passed") from None
+        first_text_by = min(loop.time() + self._first_chunk_timeout, latest)
+        course, said = Course(self._model, self._fallback), ""
+        while True:
+            # What the marker's filter still holds of an answer that was cut off is not said: it comes with the rest.
+            spoke, marker, joint = False, MarkerFilter(), Joint(said)
+            try:
+                async with (
+                    asyncio.timeout_at(first_text_by) as limit,
+                    contextlib.aclosing(self._stream(course, prompt, said)) as texts,
+                ):
+                    async for text in texts:
+                        until = min(loop.time() + self._chunk_timeout, latest)
+                        # To a hundredth of the limit: a timer a chunk would be a twelfth of a chunk's cost.
+                        if not spoke or until - (limit.when() or 0) > self._chunk_timeout / 100:
+                            limit.reschedule(until)
+                        spoke = True
+                        for piece in marker.feed(text):
+                            if isinstance(piece, Notice):
+                                yield piece
+                            elif words := joint.feed(piece):
+                                said += words
+                                yield words
+                    if words := joint.feed(marker.rest()) + joint.rest():
+                        yield words
+                return
+            except TimeoutError:
+                if loop.time() >= latest:
+                    raise failed("REPLY_TIMEOUT_SECONDS passed") from None
+                if not spoke:
+                    raise failed("FIRST_CHUNK_TIMEOUT_SECONDS passed") from None
+                fault = Fault("CHUNK_TIMEOUT_SECONDS passed")
+            except Fault as error:
+                fault = error
+            pause = course.after(fault, spoke, first_text_by - loop.time())
+            if spoke:
+                first_text_by = min(loop.time() + self._first_chunk_timeout, latest)
+            await asyncio.sleep(pause)
 
-    async def _stream(self, body: bytes) -> AsyncGenerator[str, None]:
-        """Ask once and yield the answer's text; raise TryAgain, Failed or Blocked."""
-        assert self._client is not None
-        url = f"{self._model_url}:streamGenerateContent?alt=sse"
+    async def _stream(self, course: Course, prompt: Prompt, said: str) -> AsyncGenerator[str, None]:
+        """Ask once and yield the answer's text; raise Fault, Failed or Blocked."""
+        client = self._kept if course.first else self._fresh
+        assert client is not None
+        url = f"{course.model.url}:streamGenerateContent?alt=sse"
+        body = json.dumps(self.request_body(prompt, said), ensure_ascii=False).encode()
         try:
             # Not to follow redirects keeps the key from going to another host.
-            async with self._client.post(url, data=body, allow_redirects=False) as response:
-                check_status(response)
-                answer, block = Answer(), b"more"
+            async with client.post(url, data=body, allow_redirects=False) as response:
+                check_head(response, course.model)
+                answer, block = Answer(spoke=bool(said)), b"more"
                 while block and not answer.over:
                     block = await response.content.readany()
-                    if text := answer.feed(block or b"\n"):  # the stream's end is its last line's too
+                    if text := answer.feed(block) if block else answer.end():
                         yield text
                 answer.check()
-                await self._read_tail(response)
+                if client is self._kept:
+                    await self._read_tail(response)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            raise TryAgain(f"connection failed ({type(error).__name__})") from None
+            dropped = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ClientPayloadError)
+            raise Fault(f"connection failed ({type(error).__name__})", dropped=dropped) from None
         except aiohttp.ClientError as error:
             raise failed(f"not HTTP as it should be ({type(error).__name__})") from None
 
@@ -191,16 +328,32 @@ class Gemini(Counsellor):
         """Read what follows the last event, so that the connection can be kept for the next reply."""
         with contextlib.suppress(TimeoutError, aiohttp.ClientError):
             async with asyncio.timeout(TAIL_SECONDS):
-                await response.content.read()
+                await drain(response)
                 self._keep_warm()
 
 
-def check_status(response: aiohttp.ClientResponse) -> None:
-    """Raise TryAgain where another attempt may help, Failed for any other status than 200."""
-    if response.status in RETRIED:
-        raise TryAgain(f"status {response.status}", parse_retry_after(response.headers.get("Retry-After"), time.time()))
-    if response.status != 200:
-        raise failed(f"status {response.status}: {HINTS.get(response.status, 'expected status 200')}")
+async def drain(response: aiohttp.ClientResponse) -> None:
+    """Read a body to its end, and keep nothing of it."""
+    while await response.content.readany():
+        pass
+
+
+def hint_for(status: int, model: Model) -> str:
+    return HINTS.get(status, "").format(setting=model.setting)
+
+
+def check_head(response: aiohttp.ClientResponse, model: Model) -> None:
+    """Raise Fault where another request may help, Failed where the body is no answer that can be read."""
+    status = response.status
+    if status in RETRIED:
+        pause = parse_retry_after(response.headers.get("Retry-After"), time.time())
+        raise Fault(f"status {status}", status=status, pause=pause)
+    if status in UNAVAILABLE:
+        raise Fault(f"status {status}: {hint_for(status, model)}", status=status)
+    if status != 200:
+        raise failed(f"status {status}: {hint_for(status, model) or 'expected status 200'}")
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise failed("a Content-Encoding that was not asked for: check the proxy at GEMINI_BASE_URL")
 
 
 class Answer:
@@ -209,9 +362,9 @@ class Answer:
     The rest of the format (https://html.spec.whatwg.org/#server-sent-events) is passed over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, spoke: bool = False) -> None:
         self._line = b""  # the beginning of one whose end has not come yet
-        self._spoke = False
+        self._spoke = spoke  # it may be the rest of an answer, and nothing be left
         self._finish = ""
         self._failure: Failed | None = None  # raised by check(), after the text that came before it
 
@@ -233,6 +386,10 @@ class Answer:
         self._spoke = self._spoke or bool(text)
         return text
 
+    def end(self) -> str:
+        """Return the text of a last line without its end; one that broke off in its middle is no event."""
+        return self.feed(b"\n") if self._line.rstrip().endswith(b"}") else ""
+
     def _lines(self, block: bytes) -> Iterator[bytes]:
         *ended, self._line = (self._line + block).split(b"\n")
         for line in ended:
@@ -241,13 +398,14 @@ class Answer:
         check_length(self._line)
 
     def check(self) -> None:
-        """Raise Blocked or Failed unless the answer ended as one should."""
+        """Raise Blocked, Failed, or Fault for one that was cut off, unless the answer ended as one should."""
         if self._failure is not None:
             raise self._failure
         if self._finish in BLOCKED:
             raise Blocked
         if not self._finish:
-            raise failed("the stream ended without a finish reason")
+            cut_off = "the stream ended without a finish reason"
+            raise Fault(cut_off) if self._spoke else failed(cut_off)
         if self._finish == "MAX_TOKENS" and not self._spoke:
             raise failed("all tokens went into thinking: raise GEMINI_MAX_OUTPUT_TOKENS or lower GEMINI_THINKING_LEVEL")
         if self._finish not in ("STOP", "MAX_TOKENS"):

@@ -175,7 +175,7 @@ class Postgres(Storage):
         self._url = url
         self._timeout = timeout  # seconds, for one statement
         self._pool = Pool(self._connect)
-        self._prepares = True
+        self.prepares = True
         self._limits: dict[str, str] = {"statement_timeout": f"{timeout * 1000:.0f}"}
         self._given_up: set[asyncio.Task[None]] = set()
         parts = urlsplit(url)  # what stands before an @ is nobody's business
@@ -251,12 +251,13 @@ class Postgres(Storage):
                 self._pool.give_back(link)
 
     async def _fetch(self, link: Link, sql: str, values: Sequence[object]) -> Sequence[Any]:
-        if self._prepares and not link.outdated:
+        if self.prepares and not link.outdated:
             try:
                 return await link.fetch_prepared(sql, values)
             except NOT_KEPT:
-                self._prepares = False
-                logger.info("%s: a pooler does not keep prepared statements, so none are used", self.where)
+                if self.prepares:
+                    logger.info("%s: a pooler does not keep prepared statements, so none are used", self.where)
+                self.prepares = False
             except asyncpg.InvalidCachedStatementError:
                 link.outdated = True  # refused before it began, too
         return await link.fetch(sql, values)

@@ -26,6 +26,7 @@ class Settings:
     gemini_api_key: str = field(repr=False)
     gemini_base_url: str
     gemini_model: str
+    gemini_fallback_model: str
     gemini_max_output_tokens: int
     gemini_thinking_level: str
     jwt_secret_key: str = field(repr=False)
@@ -130,6 +131,7 @@ def read_settings(values: Mapping[str, str]) -> Settings:
             secret=True,
         ).rstrip("/"),
         gemini_model=read.matching("GEMINI_MODEL", "gemini-3.5-flash-lite", r"[\w.-]+", "a model's name"),
+        gemini_fallback_model=read.matching("GEMINI_FALLBACK_MODEL", "", r"[\w.-]*", "a model's name"),
         gemini_max_output_tokens=read.integer("GEMINI_MAX_OUTPUT_TOKENS", 200, 1, 65536),
         # The one setting whose empty value is not its default: it sends no level at all.
         gemini_thinking_level=values.get("GEMINI_THINKING_LEVEL", "minimal").strip().lower(),

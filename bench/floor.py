@@ -13,13 +13,20 @@ import sys
 import aiohttp
 from standin import reply_text
 
+Replies = list[dict[str, float]]
 
-async def talk(http: aiohttp.ClientSession, url: str, load: dict[str, float], wait: float) -> list[dict[str, float]]:
-    loop, replies = asyncio.get_running_loop(), []
-    await asyncio.sleep(wait)
-    for _ in range(int(load["replies"])):
-        asked, times, texts = loop.time(), [], []
-        async with http.post(url, json={"contents": []}) as response:
+
+class Reader:
+    def __init__(self, http: aiohttp.ClientSession, port: int, load: dict[str, float]) -> None:
+        self.http = http
+        self.load = load
+        path = f"{int(load['chunks'])}-{int(load['first_ms'])}-{int(load['gap_ms'])}"
+        self.url = f"http://127.0.0.1:{port}/{path}/models/bench:streamGenerateContent?alt=sse"
+
+    async def read(self) -> dict[str, float]:
+        load, loop, times, texts = self.load, asyncio.get_running_loop(), [], []
+        asked = loop.time()
+        async with self.http.post(self.url, json={"contents": []}) as response:
             async for line in response.content:
                 if line.startswith(b"data:"):
                     event = json.loads(line[5:])
@@ -27,23 +34,37 @@ async def talk(http: aiohttp.ClientSession, url: str, load: dict[str, float], wa
                     times.append(loop.time())
         assert "".join(texts) == reply_text(int(load["chunks"]))
         own_ms = load["first_ms"] + load["gap_ms"] * (load["chunks"] - 1)
-        first, total = (times[0] - asked) * 1000 - load["first_ms"], (loop.time() - asked) * 1000 - own_ms
-        gap = max((b - a) * 1000 for a, b in itertools.pairwise(times)) if len(times) > 1 else 0.0
-        replies.append({"first": first, "total": total, "gap": gap, "frames": len(texts)})
-    return replies
+        return {
+            "first": (times[0] - asked) * 1000 - load["first_ms"],
+            "total": (loop.time() - asked) * 1000 - own_ms,
+            "gap": max((b - a) * 1000 for a, b in itertools.pairwise(times)) if len(times) > 1 else 0.0,
+            "frames": len(texts),
+        }
+
+    async def read_again_and_again(self, wait: float) -> Replies:
+        await asyncio.sleep(wait)
+        return [await self.read() for _ in range(int(self.load["replies"]))]
+
+    async def one_by_one(self) -> Replies:
+        step, sessions = self.load.get("spread_s", 0) / self.load["sessions"], int(self.load["sessions"])
+        each = await asyncio.gather(*(self.read_again_and_again(step * number) for number in range(sessions)))
+        return [reply for replies in each for reply in replies]
+
+    async def together(self) -> Replies:
+        replies: Replies = []
+        for _ in range(int(self.load["replies"])):
+            replies += await asyncio.gather(*(self.read() for _ in range(int(self.load["sessions"]))))
+        return replies
 
 
 async def main(port: int, load: dict[str, float]) -> None:
     loop = asyncio.get_running_loop()
-    path = f"{int(load['chunks'])}-{int(load['first_ms'])}-{int(load['gap_ms'])}"
-    url = f"http://127.0.0.1:{port}/{path}/models/bench:streamGenerateContent?alt=sse"
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        reader = Reader(http, port, load)
         print("open", flush=True)
         await loop.run_in_executor(None, sys.stdin.readline)
-        step, began = load.get("spread_s", 0) / load["sessions"], loop.time()
-        async with asyncio.TaskGroup() as tasks:
-            talks = [tasks.create_task(talk(http, url, load, step * number)) for number in range(int(load["sessions"]))]
-        replies = [reply for task in talks for reply in task.result()]
+        began = loop.time()
+        replies = await (reader.together if load.get("together") else reader.one_by_one)()
         print(json.dumps({"seconds": loop.time() - began, "replies": replies}), flush=True)
         await loop.run_in_executor(None, sys.stdin.readline)
 

@@ -1,6 +1,6 @@
 """The peer: what a good developer would write today with FastAPI, uvicorn on uvloop and Google's own client.
 
-    PORT=8001 GEMINI_BASE_URL=http://127.0.0.1:9000/... python bench/peer.py
+    PORT=8001 GEMINI_BASE_URL=http://127.0.0.1:9000/... SYSTEM_PROMPT=... python bench/peer.py
 
 It speaks the same protocol and does the same work on the same tables: a token, the last ten turns, a streamed reply,
 one insert, then the completion. It has no resume, no pacing, no limits, no care: what those cost is this server's to
@@ -9,7 +9,6 @@ bear.
 
 import json
 import os
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,25 +21,26 @@ from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from google import genai
 from google.genai import types
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from bemore.storage import ADD_TURN, CREATE_SESSION, HISTORY, SQLITE_SPELLINGS, TAKE_TOKEN
-from bemore_voice import parse_utterance, system_prompt
+CREATE_SESSION = "INSERT INTO sessions (session_id) VALUES (?) ON CONFLICT DO NOTHING"
+TAKE_TOKEN = """
+UPDATE sessions SET full_at = max(full_at, :now) + :refill
+WHERE session_id = :id AND max(full_at, :now) + :refill <= :now + :bucket RETURNING session_id
+"""
+HISTORY = "SELECT user_message, ai_response FROM conversations WHERE session_id = ? ORDER BY id DESC LIMIT 10"
+ADD_TURN = """
+INSERT INTO conversations (session_id, user_message, ai_response, emotion, timestamp) VALUES (?, ?, ?, ?, ?)
+"""
+BUCKET_MS, PER_MINUTE = 60_000, 6000
+MAX_MESSAGE_CHARACTERS = 2_000
 
 database: aiosqlite.Connection
-
-
-def named(*values: object) -> dict[str, object]:
-    return {str(number): value for number, value in enumerate(values, start=1)}
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     global database
-    schema = (Path(__file__).parent.parent / "schema.sql").read_text(encoding="utf-8")
-    for postgres, sqlite in SQLITE_SPELLINGS.items():
-        schema = schema.replace(postgres, sqlite)
     database = await aiosqlite.connect("peer.db", isolation_level=None)
-    await database.executescript("PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON;\n" + schema)
+    await database.executescript((Path(__file__).parent / "peer.sql").read_text(encoding="utf-8"))
     options = types.HttpOptions(base_url=os.environ["GEMINI_BASE_URL"], api_version="v1beta")
     app.state.model = genai.Client(api_key="bench", http_options=options).aio.models
     yield
@@ -50,15 +50,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
-@app.get("/health")
-async def health() -> dict[str, str]:
-    return {"status": "ok"}
-
-
 @app.websocket("/ws/session/{session_id}")
 async def talk(socket: WebSocket, session_id: str) -> None:
     await socket.accept()
-    await database.execute_fetchall(CREATE_SESSION, named(session_id))
+    await database.execute_fetchall(CREATE_SESSION, [session_id])
     try:
         while True:
             frame = json.loads(await socket.receive_text())
@@ -73,18 +68,18 @@ async def answer(socket: WebSocket, session_id: str, data: Any) -> None:
         text = json.dumps({"type": kind, "data": fields, "seq": time.time_ns() // 1000}, ensure_ascii=False)
         await socket.send_text(text)
 
-    utterance = parse_utterance(data, int(time.time() * 1000))
-    refill = 60_000_000 // 6000
-    now_us = int(time.time() * 1_000_000)
-    assert await database.execute_fetchall(TAKE_TOKEN, named(session_id, now_us, refill, refill * 6000))
-    turns = list(await database.execute_fetchall(HISTORY, named(session_id, 10)))
+    message, now = data["message"].strip(), int(time.time() * 1000)
+    bucket = {"id": session_id, "now": now, "refill": BUCKET_MS // PER_MINUTE, "bucket": BUCKET_MS}
+    if not 1 <= len(message) <= MAX_MESSAGE_CHARACTERS or not await database.execute_fetchall(TAKE_TOKEN, bucket):
+        await send("ai_stream_error", error="요청을 처리할 수 없습니다")
+        return
     contents: list[types.Content] = []
-    for turn in reversed(turns):
-        contents.append(types.Content(role="user", parts=[types.Part(text=turn[1])]))
-        contents.append(types.Content(role="model", parts=[types.Part(text=turn[2])]))
-    contents.append(types.Content(role="user", parts=[types.Part(text=utterance.message)]))
+    for asked, answered in reversed(list(await database.execute_fetchall(HISTORY, [session_id]))):
+        contents.append(types.Content(role="user", parts=[types.Part(text=asked)]))
+        contents.append(types.Content(role="model", parts=[types.Part(text=answered)]))
+    contents.append(types.Content(role="user", parts=[types.Part(text=message)]))
     config = types.GenerateContentConfig(
-        system_instruction=system_prompt(utterance.emotion),
+        system_instruction=os.environ["SYSTEM_PROMPT"],
         max_output_tokens=200,
         thinking_config=types.ThinkingConfig(thinking_level=types.ThinkingLevel.MINIMAL),
     )
@@ -98,9 +93,7 @@ async def answer(socket: WebSocket, session_id: str, data: Any) -> None:
                 await send("ai_stream_begin")
             said.append(event.text)
             await send("ai_stream_chunk", chunk=event.text)
-    last = turns[0][0] if turns else 0
-    values = named(session_id, utterance.message, "".join(said), utterance.emotion, utterance.timestamp, last)
-    await database.execute_fetchall(ADD_TURN, values)
+    await database.execute_fetchall(ADD_TURN, [session_id, message, "".join(said), data.get("emotion"), now])
     await send("ai_stream_complete")
 
 

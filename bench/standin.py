@@ -4,15 +4,20 @@
 
 The first part of a request's path says how the reply comes: /chunks-first_ms-gap_ms/... The text of chunk n is
 chunk_text(n), so that whoever reads a reply can check it character for character. The last event comes with the last
-chunk, as Gemini sends it.
+chunk, as Gemini sends it. A request that holds the word ENDLESS is answered by chunks without an end, as fast as they
+are taken, and one that holds SPEECHLESS by events without a text.
 """
 
 import asyncio
 import json
 import re
 import sys
+from collections.abc import Coroutine
 from functools import cache
+from typing import Any
 
+EVENTS_IN_A_BLOCK = 100  # of a reply without an end, so that its writing does not keep the others waiting
+ENDLESS, SPEECHLESS = "endless", "speechless"  # a request is answered so where it holds the word
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
 
@@ -25,31 +30,41 @@ def reply_text(chunks: int) -> str:
     return "".join(map(chunk_text, range(chunks)))
 
 
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run on uvloop, where it is installed: what stands around a server should cost little."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
 @cache
 def events(chunks: int) -> list[bytes]:
-    """The events of a reply, as large as Gemini's own and framed for HTTP."""
-    framed = []
-    for number in range(chunks):
-        candidate: dict[str, object] = {
-            "content": {"parts": [{"text": chunk_text(number)}], "role": "model"},
-            "index": 0,
-        }
-        if number == chunks - 1:
-            candidate["finishReason"] = "STOP"
-        event = {
-            "candidates": [candidate],
-            "usageMetadata": {
-                "promptTokenCount": 420,
-                "candidatesTokenCount": 2 * number,
-                "totalTokenCount": 420 + 2 * number,
-                "promptTokensDetails": [{"modality": "TEXT", "tokenCount": 420}],
-            },
-            "modelVersion": "gemini-3.5-flash-lite",
-            "responseId": "wQ4mabCdEfGhIjKlMnOpQr",
-        }
-        line = b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\r\n\r\n"
-        framed.append(b"%x\r\n%b\r\n" % (len(line), line))
-    return framed
+    """Return the events of a reply."""
+    return [framed(number, chunk_text(number), last=number == chunks - 1) for number in range(chunks)]
+
+
+@cache
+def framed(number: int, text: str, *, last: bool = False) -> bytes:
+    """Return an event as large as Gemini's own, framed for HTTP."""
+    candidate: dict[str, object] = {"content": {"parts": [{"text": text}], "role": "model"}, "index": 0}
+    if last:
+        candidate["finishReason"] = "STOP"
+    event = {
+        "candidates": [candidate],
+        "usageMetadata": {
+            "promptTokenCount": 420,
+            "candidatesTokenCount": 2 * number,
+            "totalTokenCount": 420 + 2 * number,
+            "promptTokensDetails": [{"modality": "TEXT", "tokenCount": 420}],
+        },
+        "modelVersion": "gemini-3.5-flash-lite",
+        "responseId": "wQ4mabCdEfGhIjKlMnOpQr",
+    }
+    line = b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\r\n\r\n"
+    return b"%x\r\n%b\r\n" % (len(line), line)
 
 
 class Gemini(asyncio.Protocol):
@@ -58,7 +73,8 @@ class Gemini(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.buffer = b""
-        self.timer: asyncio.TimerHandle | None = None
+        self.timer: asyncio.Handle | None = None
+        self.endless = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
@@ -76,6 +92,12 @@ class Gemini(asyncio.Protocol):
         if length is None or len(body) < int(length[1]):
             return
         self.buffer = b""
+        for word, text in ((ENDLESS, chunk_text(0)), (SPEECHLESS, "")):
+            if word.encode() in body:
+                self.endless = framed(0, text) * EVENTS_IN_A_BLOCK
+                self.transport.write(HEAD)
+                self.say_on()
+                return
         path = re.match(rb"POST /(\d+)-(\d+)-(\d+)/", head)
         if path is None:  # a connection that is warmed up
             self.transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
@@ -98,6 +120,20 @@ class Gemini(asyncio.Protocol):
                 break
         self.timer = self.loop.call_at(self.due, self.say) if self.next < len(self.events) else None
 
+    # A reply without an end
+
+    def say_on(self) -> None:
+        self.timer = self.loop.call_soon(self.say_on)  # before the write, which may ask for a pause
+        self.transport.write(self.endless)
+
+    def pause_writing(self) -> None:
+        if self.endless and self.timer is not None:
+            self.timer.cancel()
+
+    def resume_writing(self) -> None:
+        if self.endless:
+            self.say_on()
+
 
 async def serve(port: int) -> None:
     loop = asyncio.get_running_loop()
@@ -107,6 +143,4 @@ async def serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    import uvloop
-
-    uvloop.run(serve(int(sys.argv[1])))
+    run(serve(int(sys.argv[1])))

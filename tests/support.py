@@ -79,6 +79,9 @@ class FaultyStorage(Storage):
             raise self.fault or Unavailable("database: test")
         return await self.inner.fetch(sql, *values)
 
+    async def settled(self) -> None:
+        await self.inner.settled()
+
     def fail(self) -> None:
         self.fault = Unavailable("database: test")
 
@@ -192,6 +195,16 @@ class Client:
         """Break the connection without a close frame."""
         self.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         await self.ws.close()
+
+
+async def send_together(client: Client, *frames: tuple[str, object]) -> None:
+    """Send frames in one packet."""
+    messages = [json.dumps({"type": kind, "data": data}).encode() for kind, data in frames]
+    packets = b""
+    for message in messages:  # masked by zeros: a client's frames must have a mask, of any kind
+        size = bytes([0x80 | len(message)]) if len(message) < 126 else b"\xfe" + len(message).to_bytes(2, "big")
+        packets += b"\x81" + size + bytes(4) + message
+    os.write(client.ws.get_extra_info("socket").fileno(), packets)
 
 
 def text_of(frames: list[dict[str, Any]]) -> str:
@@ -327,6 +340,10 @@ class Program:
         self.process = process
         self.log = ""
         self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     async def wait_for(self, pattern: str) -> re.Match[str]:
         assert self.process.stderr is not None

@@ -1,6 +1,7 @@
 """Faults of the model and of the database, seen from a person's socket: one answer each, and the next reply works."""
 
 import asyncio
+import gzip
 import sqlite3
 import statistics
 import time
@@ -44,16 +45,30 @@ UPSTREAM: dict[str, tuple[list[Answer], str, str]] = {
     "status 429 with a short Retry-After": ([status(429, Retry_After="0")], WHOLE, "complete"),
     "status 429 with a Retry-After beyond the budget": ([status(429, Retry_After="30")], "", "error"),
     "status 429 with a Retry-After in a year": ([status(429, Retry_After=formatdate(4e9, usegmt=True))], "", "error"),
+    "status 429 with a Retry-After of a huge zone offset": (
+        [status(429, Retry_After="Mon, 01 Jan 2024 00:00:00 -9999999999999999")],
+        WHOLE,
+        "complete",
+    ),
     "status 500 once": ([status(500)], WHOLE, "complete"),
     "status 503 twice": ([status(503)] * 2, WHOLE, "complete"),
     "status 503 for good": ([status(503)] * 3, "", "error"),
     "a reset before the first chunk": ([reset_after()], WHOLE, "complete"),
     "a first chunk that never comes": ([silent_after()], "", "error"),
-    "a stream that stalls": ([silent_after(event("가"))], "가", "error"),
-    "a stream that is reset": ([reset_after(event("가"))], "가", "error"),
-    "a stream that ends without a finish reason": ([stream(event("가"))], "가", "error"),
+    "a stream that stalls": ([silent_after(event("가"))], f"가 {WHOLE}", "complete"),
+    "a stream that stalls twice": ([silent_after(event("가")), silent_after(event("나"))], "가 나", "error"),
+    "a stream that is reset": ([reset_after(event("가"))], f"가 {WHOLE}", "complete"),
+    "a stream that is reset twice": ([reset_after(event("가")), reset_after(event("나"))], "가 나", "error"),
+    "a stream that ends without a finish reason": ([stream(event("가"))], f"가 {WHOLE}", "complete"),
+    "a stream that ends without a finish reason twice": ([stream(event("가")), stream(event("나"))], "가 나", "error"),
+    "a stream that is reset and then refused": ([reset_after(event("가")), status(503)], "가", "error"),
     "a malformed event": ([stream(event("가"), b"data: {\n\n")], "가", "error"),
     "HTML with status 200": ([stream(b"<html>\n<p>data: x</p>\n", headers={"Content-Type": "text/html"})], "", "error"),
+    "an answer that is gzip although nobody asked for it": (
+        [stream(gzip.compress(event("가", "STOP")), headers={"Content-Encoding": "gzip"})],
+        "",
+        "error",
+    ),
     "an empty STOP": ([stream(event("", "STOP"))], "", "error"),
     "MAX_TOKENS with text": ([stream(event("가"), event(finish="MAX_TOKENS"))], "가", "complete"),
     "MAX_TOKENS without text": ([stream(event(finish="MAX_TOKENS"))], "", "error"),
@@ -145,6 +160,18 @@ async def test_cancel_closes_the_models_stream(gemini: GeminiStandIn, asked: tup
     assert (await client.frame())["interrupted"] is True
     await until(lambda: gemini.ended == 1)
     assert [row[1] for row in await server.rows()] == ["가"]
+    await check_reply(client, WHOLE, "complete")
+
+
+async def test_cancel_closes_the_stream_of_the_rest(gemini: GeminiStandIn, asked: tuple[Server, Client]) -> None:
+    server, client = asked
+    gemini.answers.extend([stream(event("가")), silent_after(event("나"))])
+    await client.ask("하나")
+    assert kinds_of([await client.frame() for _ in range(3)]) == ["begin", "chunk", "chunk"]
+    await client.send("cancel_ai_response")
+    assert (await client.frame())["interrupted"] is True
+    await until(lambda: gemini.ended == 2)
+    assert [row[1] for row in await server.rows()] == ["가 나"]
     await check_reply(client, WHOLE, "complete")
 
 

@@ -2,8 +2,13 @@
 
 import asyncio
 import json
+import socket
+import struct
 import time
-from collections.abc import AsyncIterator
+import tracemalloc
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from email.utils import formatdate
 from typing import Any
@@ -12,11 +17,13 @@ import pytest
 from aiohttp import web
 from google import genai
 from google.genai import types
+from hypothesis import given
+from hypothesis import strategies as st
 from standin import Answer, GeminiStandIn, event, status, stream
 from tools import until
 
-from bemore.counsellor import Blocked, Failed, Prompt, Turn
-from bemore.gemini import Gemini, parse_retry_after
+from bemore.counsellor import RISK_MARKER, Blocked, Failed, Notice, Prompt, Turn
+from bemore.gemini import GO_ON, Gemini, Joint, parse_retry_after
 
 KEY = "a-key-that-nobody-may-see"
 PROMPT = Prompt("따뜻하게 답하세요.", "요즘 잠이 안 와요", [Turn(n, f"말 {n}", f"답 {n}") for n in range(10)])
@@ -207,7 +214,6 @@ async def test_what_the_safety_filter_holds_back_is_told_as_such(
 @pytest.mark.parametrize(
     ("answer", "shown", "cause"),
     [
-        (stream(event("가")), ["가"], "without a finish reason"),
         (stream(), [], "without a finish reason"),
         (stream(event("가"), b"data: {nonsense}\n\n"), ["가"], "not JSON"),
         (stream(event("가"), b"data: [1]\n\n"), ["가"], "another shape"),
@@ -227,6 +233,42 @@ async def test_a_stream_that_is_no_whole_reply_fails_and_is_not_asked_again(
     assert cause in failure.cause
     assert len(gemini.requests) == 1
     assert await read(model)  # and the next reply is none the worse
+
+
+def bomb(size: int) -> bytes:
+    """So many zeros, as gzip."""
+    gzip, zeros = zlib.compressobj(level=1, wbits=31), bytes(1024 * 1024)
+    return b"".join(gzip.compress(zeros) for _ in range(size // len(zeros))) + gzip.flush()
+
+
+async def test_an_answer_that_is_gzip_although_nobody_asked_for_it_is_refused_unread(
+    gemini: GeminiStandIn, model: Gemini
+) -> None:
+    await warm()
+    gemini.description = gemini.default = stream(bomb(1024 * 1024 * 1024), headers={"Content-Encoding": "gzip"})
+    tracemalloc.start()
+    try:
+        texts, failure = await failure_of(model)
+        async with client_for(gemini.url):
+            await until(lambda: len(gemini.warmed) == 2)
+            await warm()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert texts == []
+    assert "Content-Encoding" in failure.cause
+    assert len(gemini.requests) == 1
+    assert gemini.requests[0]["headers"]["Accept-Encoding"] == "identity"
+    assert peak < 32 * 1024 * 1024
+
+
+@pytest.mark.parametrize("encoding", ["deflate", "br", "zstd", "GZIP", "gzip, gzip", "unheard-of"])
+async def test_no_encoding_but_identity_is_read(gemini: GeminiStandIn, model: Gemini, encoding: str) -> None:
+    gemini.answers.append(silent_after(headers={"Content-Encoding": encoding}))
+    _, failure = await failure_of(model)
+    assert "Content-Encoding" in failure.cause
+    gemini.answers.append(stream(event("가", "STOP"), headers={"Content-Encoding": "identity"}))
+    assert await read(model) == ["가"]
 
 
 # Retries
@@ -261,13 +303,6 @@ async def test_three_attempts_are_all(gemini: GeminiStandIn, model: Gemini) -> N
     _, failure = await failure_of(model)
     assert failure.cause == "Gemini: status 503, attempt 3"
     assert len(gemini.requests) == 3
-
-
-async def test_a_reset_after_the_first_chunk_is_not_tried_again(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.answers.append(reset_after(event("가")))
-    texts, _ = await failure_of(model)
-    assert texts == ["가"]
-    assert len(gemini.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -310,6 +345,13 @@ def test_retry_after_is_a_number_or_a_date_or_nothing() -> None:
     assert parse_retry_after("Mon, 01 Jan 2024 00:00:00 +99999999999999", now) is None
 
 
+async def test_a_retry_after_with_a_huge_zone_offset_counts_as_none(gemini: GeminiStandIn, model: Gemini) -> None:
+    for digits in (4, 12, 30, 400):
+        gemini.answers.append(status(503, Retry_After="Mon, 01 Jan 2024 00:00:00 -" + "9" * digits))
+        assert "".join(await read(model)) == "네, 듣고 있어요."
+    assert len(gemini.requests) == 8
+
+
 async def test_a_refused_connection_is_tried_again_and_fails(gemini: GeminiStandIn) -> None:
     async with client_for("http://127.0.0.1:9") as model:
         _, failure = await failure_of(model)
@@ -326,12 +368,12 @@ async def test_a_name_that_nobody_knows_fails(gemini: GeminiStandIn) -> None:
 # Time limits
 
 
-def silent_after(*blocks: bytes) -> Answer:
+def silent_after(*blocks: bytes, headers: Mapping[str, str] | None = None) -> Answer:
     async def answer(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
+        response = web.StreamResponse(headers=headers)
         await response.prepare(request)
-        for block in blocks:
-            await response.write(block)
+        for block in blocks or [b""]:
+            await response.write(block or b"\n")
         await asyncio.Event().wait()
         return response
 
@@ -345,15 +387,6 @@ async def test_a_first_chunk_that_never_comes_is_not_tried_again(gemini: GeminiS
         assert failure.cause == "Gemini: FIRST_CHUNK_TIMEOUT_SECONDS passed"
         await until(lambda: gemini.ended == 1)  # the stand-in has seen its connection close
         assert len(gemini.requests) == 1
-        assert await read(model)
-
-
-async def test_a_stream_that_stalls_fails(gemini: GeminiStandIn) -> None:
-    gemini.answers.append(silent_after(event("가"), event("나")))
-    async with client_for(gemini.url, chunk_timeout=0.3) as model:
-        texts, failure = await failure_of(model)
-        assert "".join(texts) == "가나"
-        assert failure.cause == "Gemini: CHUNK_TIMEOUT_SECONDS passed"
         assert await read(model)
 
 
@@ -371,6 +404,217 @@ async def test_a_stream_that_drips_for_ever_fails(gemini: GeminiStandIn) -> None
         assert len(texts) > 1
         assert failure.cause == "Gemini: REPLY_TIMEOUT_SECONDS passed"
         assert await read(model)
+
+
+# An answer that was cut off
+
+
+CUTS = {
+    "ends": stream(event("많이 힘드"), event("셨")),
+    "ends inside an event": stream(event("많이 힘드"), event("셨"), event("겠어요")[:40]),
+    "is reset": reset_after(event("많이 힘드"), event("셨")),
+    "stalls": silent_after(event("많이 힘드"), event("셨")),
+}
+
+
+@pytest.fixture
+async def hasty(gemini: GeminiStandIn) -> AsyncIterator[Gemini]:
+    """A client that does not wait long between two chunks."""
+    async with client_for(gemini.url, chunk_timeout=1) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_an_answer_that_is_cut_off_is_gone_on_with_once(gemini: GeminiStandIn, hasty: Gemini, cut: str) -> None:
+    gemini.answers.extend(
+        [CUTS[cut], stream(event("힘드셨겠"), event("어요. 언제부터 "), event("그러셨나요?", "STOP"))]
+    )
+    assert "".join(await read(hasty)) == "많이 힘드셨겠어요. 언제부터 그러셨나요?"
+    first, second = (request["body"] for request in gemini.requests)
+    assert second["contents"] == [
+        *first["contents"],
+        {"role": "model", "parts": [{"text": "많이 힘드셨"}]},
+        {"role": "user", "parts": [{"text": GO_ON}]},
+    ]
+    assert {**second, "contents": 0} == {**first, "contents": 0}
+    await until(lambda: gemini.ended == 2)
+
+
+@pytest.mark.parametrize("again", [*CUTS.values(), status(503), silent_after()])
+async def test_an_answer_that_is_cut_off_twice_fails(gemini: GeminiStandIn, again: Answer) -> None:
+    gemini.answers.extend([CUTS["ends"], again])
+    async with client_for(gemini.url, chunk_timeout=1, first_chunk_timeout=2) as model:
+        texts, _ = await failure_of(model)
+    assert "".join(texts) == "많이 힘드셨"  # and nothing twice
+    assert len(gemini.requests) == 2
+
+
+async def test_the_rest_of_an_answer_comes_within_the_time_for_all_of_it(gemini: GeminiStandIn) -> None:
+    gemini.answers.extend([stream(event("가")), silent_after()])
+    async with client_for(gemini.url, reply_timeout=0.5) as model:
+        _, failure = await failure_of(model)
+    assert failure.cause == "Gemini: REPLY_TIMEOUT_SECONDS passed"
+
+
+async def test_an_answer_that_only_lacked_its_end_needs_no_rest(gemini: GeminiStandIn, model: Gemini) -> None:
+    for rest in (stream(event("있어요."), event(finish="STOP")), stream(event(finish="STOP"))):
+        gemini.answers.extend([stream(event("네, 듣고 있어요.")), rest])
+        assert "".join(await read(model)) == "네, 듣고 있어요."
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+async def test_a_marker_around_the_cut_is_never_shown(gemini: GeminiStandIn, model: Gemini, size: int) -> None:
+    rest = RISK_MARKER + " 네, 말씀해 주세요."
+    pieces = [event(rest[at : at + size]) for at in range(0, len(rest), size)]
+    for begun, said in ((RISK_MARKER[:4], ""), (RISK_MARKER, ""), ("네, ", "네, "), ("네, " + RISK_MARKER[:1], "네, ")):
+        gemini.requests.clear()
+        gemini.answers.extend([stream(event(begun)), stream(*pieces, event(finish="STOP"))])
+        async with aclosing(model.reply(PROMPT)) as told:
+            texts = [text async for text in told]
+        assert Notice.RISK in texts
+        assert "".join(text for text in texts if isinstance(text, str)).strip() == "네, 말씀해 주세요."
+        contents = gemini.requests[1]["body"]["contents"]
+        assert contents[-2]["parts"] == ([{"text": said}] if said else [{"text": "답 9"}])
+
+
+async def test_the_safety_filter_in_the_rest_of_an_answer_is_told_as_such(gemini: GeminiStandIn, model: Gemini) -> None:
+    gemini.answers.extend([stream(event("가")), stream(event(finish="SAFETY"))])
+    with pytest.raises(Blocked):
+        await read(model)
+
+
+async def test_leaving_the_rest_of_an_answer_closes_its_stream(gemini: GeminiStandIn, model: Gemini) -> None:
+    gemini.answers.extend([stream(event("가")), silent_after(event("나"))])
+    async with aclosing(model.reply(PROMPT)) as texts:
+        assert [await anext(texts), await anext(texts)] == ["가", " 나"]
+    await until(lambda: gemini.ended == 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "rest", "whole"),
+    [
+        ("많이 힘드", "힘드셨겠어요.", "많이 힘드셨겠어요."),  # the last word again, as it was asked for
+        ("많이 힘드", "많이 힘드셨겠어요.", "많이 힘드셨겠어요."),  # all of it again
+        ("네. 많이 힘드", " 많이 힘드셨겠어요.", "네. 많이 힘드셨겠어요."),
+        ("네, 오늘은 ", "오늘은 쉬세요.", "네, 오늘은 쉬세요."),
+        ("네, 오늘은 ", "쉬세요.", "네, 오늘은 쉬세요."),
+        ("네, 오늘은", "쉬세요.", "네, 오늘은 쉬세요."),
+        ("네, 오늘은", " 쉬세요.", "네, 오늘은 쉬세요."),
+        ("네.", "네. 그러셨군요.", "네. 그러셨군요."),
+        ("네.\n", "그러셨군요.", "네.\n그러셨군요."),
+        ("네", ", 그러셨군요.", "네, 그러셨군요."),
+        ("나는 그 ", "그래서 왔어요.", "나는 그 그래서 왔어요."),  # begins like the last word, but is another
+        ("그렇습니다", "다음에 봬요.", "그렇습니다 다음에 봬요."),  # and like its last letter
+        ("네. 네.", "네. 네. 그럼요.", "네. 네. 그럼요."),
+        ("네.", "", "네."),
+        ("네.", "네.", "네."),
+        ("", "  네.", "  네."),
+    ],
+)
+def test_the_rest_is_joined_with_no_word_twice_and_a_space_between(said: str, rest: str, whole: str) -> None:
+    for size in range(1, len(rest) + 2):
+        joint = Joint(said)
+        told = [joint.feed(rest[at : at + size]) for at in range(0, len(rest), size)]
+        assert said + "".join(told) + joint.rest() == whole
+
+
+@given(st.text("가나 ,."), st.text("가나 ,.다"))
+def test_the_joint_loses_nothing_but_what_was_said_before(said: str, rest: str) -> None:
+    joint = Joint(said)
+    told = "".join(map(joint.feed, rest)) + joint.rest()
+    assert (said + rest).replace(" ", "").endswith(told.replace(" ", ""))
+    lost = rest.replace(" ", "").removesuffix(told.replace(" ", ""))
+    assert said.replace(" ", "").endswith(lost)
+
+
+# The fallback
+
+
+OVERLOADED: dict[str, tuple[list[Answer], int]] = {
+    "429 without a Retry-After": ([status(429)], 1),
+    "429 with a Retry-After beyond the budget": ([status(429, Retry_After="3600")], 1),
+    "429 after the attempts": ([status(429, Retry_After="0")] * 3, 3),
+    "500 after the attempts": ([status(500, Retry_After="0")] * 3, 3),
+    "503 after the attempts": ([status(503, Retry_After="0")] * 3, 3),
+    "503 with a Retry-After beyond the budget": ([status(503, Retry_After="3600")], 1),
+    "404": ([status(404)], 1),
+}
+
+
+@pytest.fixture
+async def models(gemini: GeminiStandIn) -> AsyncIterator[Gemini]:
+    async with client_for(gemini.url, fallback_model="m-2") as opened:
+        yield opened
+
+
+def asked(gemini: GeminiStandIn) -> list[str]:
+    """The models that were asked, in turn."""
+    return [request["path"].removeprefix("/models/").partition(":")[0] for request in gemini.requests]
+
+
+@pytest.mark.parametrize("name", OVERLOADED)
+async def test_the_fallback_is_asked_once_where_the_first_model_is_overloaded_or_gone(
+    gemini: GeminiStandIn, models: Gemini, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    answers, attempts = OVERLOADED[name]
+    gemini.answers.extend(answers)
+    assert "".join(await read(models)) == "네, 듣고 있어요."
+    assert asked(gemini) == ["m-1"] * attempts + ["m-2"]
+    assert gemini.requests[0]["body"] == gemini.requests[-1]["body"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "bemore_voice"]
+    assert line.endswith("asking GEMINI_FALLBACK_MODEL")
+
+
+@pytest.mark.parametrize("name", OVERLOADED)
+async def test_a_fallback_that_fails_too_is_the_end(gemini: GeminiStandIn, models: Gemini, name: str) -> None:
+    answers, attempts = OVERLOADED[name]
+    for again in (status(503), status(429), status(404), reset_after()):
+        gemini.requests.clear()
+        gemini.answers.extend([*answers, again])
+        await failure_of(models)
+        assert asked(gemini) == ["m-1"] * attempts + ["m-2"]
+
+
+@pytest.mark.parametrize("fault", [status(400), status(401), status(403), stream(event("", "STOP"))])
+async def test_the_fallback_is_not_asked_for_what_it_would_fail_at_too(
+    gemini: GeminiStandIn, models: Gemini, fault: Answer
+) -> None:
+    gemini.answers.append(fault)
+    await failure_of(models)
+    assert asked(gemini) == ["m-1"]
+
+
+async def test_a_useful_retry_after_is_waited_for_before_the_fallback(gemini: GeminiStandIn, models: Gemini) -> None:
+    gemini.answers.append(status(429, Retry_After="0"))
+    await read(models)
+    assert asked(gemini) == ["m-1", "m-1"]
+
+
+async def test_the_fallback_answers_within_the_time_for_the_first_text(gemini: GeminiStandIn) -> None:
+    gemini.answers.extend([status(404), silent_after()])
+    async with client_for(gemini.url, fallback_model="m-2", first_chunk_timeout=0.5) as models:
+        _, failure = await failure_of(models)
+    assert failure.cause == "Gemini: FIRST_CHUNK_TIMEOUT_SECONDS passed"
+
+
+async def test_the_model_that_was_cut_off_goes_on(gemini: GeminiStandIn, models: Gemini) -> None:
+    gemini.answers.extend([status(404), stream(event("가")), stream(event("나", "STOP"))])
+    assert "".join(await read(models)) == "가 나"
+    assert asked(gemini) == ["m-1", "m-2", "m-2"]
+
+
+async def test_a_wrong_name_of_the_fallback_is_told_before_it_is_needed(
+    gemini: GeminiStandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def describe(request: web.Request) -> web.StreamResponse:
+        return await status(404 if request.path.endswith("m-2") else 200)(request)
+
+    gemini.description = describe
+    async with client_for(gemini.url, fallback_model="m-2"):
+        await until(lambda: len(gemini.warmed) == 2)
+        await warm()
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "bemore_voice"]
+    assert "check GEMINI_FALLBACK_MODEL" in line
 
 
 # Connections
@@ -428,6 +672,53 @@ async def test_a_model_that_is_away_at_the_start_holds_nothing_up(gemini: Gemini
     gemini.description = silent
     async with client_for(f"{gemini.url}/v1beta") as model:
         assert "".join(await read(model)) == "네, 듣고 있어요."
+
+
+RESET = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # at close, in place of an orderly end
+
+
+async def test_six_stale_connections_do_not_cost_two_replies_in_a_row(gemini: GeminiStandIn, model: Gemini) -> None:
+    """Each is reset at its next use, as by a router that has forgotten it; and the service has a bad moment, too."""
+    await warm()
+    together, stale, reused = asyncio.Barrier(6), set[Any](), []
+
+    async def keep(request: web.Request) -> web.StreamResponse:
+        await together.wait()
+        return await gemini_default(request)
+
+    async def forget(request: web.Request) -> web.StreamResponse:
+        if gemini.peers[-1] in stale:
+            reused.append(gemini.peers[-1])
+            assert request.transport is not None
+            request.transport.get_extra_info("socket").setsockopt(*RESET)
+            request.transport.abort()
+            return web.Response()
+        return await (fresh.popleft() if fresh else gemini_default)(request)
+
+    gemini_default, fresh = gemini.default, deque[Answer]()
+    gemini.default = keep
+    await asyncio.gather(*(read(model) for _ in range(6)))
+    stale.update(gemini.peers)
+    assert len(stale) == 6
+    gemini.default = forget
+    for number in range(1, 7):
+        fresh.extend([status(503, Retry_After="0")] * 2)
+        gemini.requests.clear()
+        assert "".join(await read(model)) == "네, 듣고 있어요."
+        assert len(gemini.requests) == 4
+        assert len(reused) == number
+
+
+async def test_a_retry_takes_a_connection_of_its_own(gemini: GeminiStandIn, model: Gemini) -> None:
+    await warm()
+    await asyncio.gather(*(read(model) for _ in range(3)))
+    kept = set(gemini.peers)
+    gemini.peers.clear()
+    gemini.answers.extend([status(503), status(503)])
+    await read(model)
+    first, *retries = gemini.peers
+    assert first in kept
+    assert len({*retries} - kept) == 2
 
 
 async def test_a_tail_that_never_ends_does_not_hold_the_reply_up(gemini: GeminiStandIn, model: Gemini) -> None:

@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from support import (
     Server,
     kinds_of,
     make_settings,
+    send_together,
     serve,
     started,
     text_of,
@@ -34,6 +33,8 @@ PLEA = "요즘은 그냥 죽고 싶다는 생각만 들어요"
 SIGN = "제가 없어지면 다들 편해질 거예요"
 THREAT = "그 인간 죽여버리고 싶어요"
 FULL = FIRST[Signal.EXPLICIT]
+ASK = ("request_ai_response", {"message": PLEA})
+CANCEL = ("cancel_ai_response", None)
 
 
 # The answer
@@ -127,7 +128,7 @@ async def test_in_every_combination_the_helpline_comes_at_once_and_the_reply_com
                     assert text_of(frames).startswith(FULL)
                     asked = len(gemini.requests) - asked_before
                     well = bucket == "token" and database == "database"
-                    assert asked == int(well), "no model past the rate"
+                    assert asked == (well * 2 if model == "failing" else well), "no model past the rate"
                     storage.heal()
                     stored = [row[1] for row in await server.rows(str(turn))]
                     assert stored == ([text_of(frames)] if well else []), "and no row"
@@ -214,6 +215,54 @@ async def test_it_does_not_wait_for_a_database_that_hangs(counsellor: ScriptedCo
         assert kinds_of(await client.reply())[-1] == "complete"
 
 
+async def test_several_wait_for_a_database_that_hangs_once_in_all(
+    counsellor: ScriptedCounsellor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bemore_voice.PLEA_WAITS_SECONDS", 2)  # and 30 if each did
+    storage = FaultyStorage(make_storage(settings := make_settings(f"sqlite:///{tmp_path}/a.db")))
+    async with serve(settings, counsellor, storage) as server, server.connect() as client:
+        free = asyncio.Event()
+
+        async def hang(_: str) -> None:
+            await free.wait()
+
+        storage.wait = hang
+        await send_together(client, *[ASK] * 15)
+        for _ in range(14):
+            assert kinds_of(await client.reply()) == ["begin", "chunk", "complete"]
+        assert kinds_of([await client.frame(), await client.frame()]) == ["begin", "chunk"]
+        free.set()
+        assert kinds_of(await client.reply())[-1] == "complete"
+
+
+async def test_a_cancelled_one_completes_although_the_database_hangs(
+    counsellor: ScriptedCounsellor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bemore_voice.STORE_SECONDS", 0.3)
+    storage = FaultyStorage(make_storage(settings := make_settings(f"sqlite:///{tmp_path}/a.db")))
+    async with serve(settings, counsellor, storage) as server, server.connect() as client:
+        free = asyncio.Event()
+
+        async def hang(_: str) -> None:
+            await free.wait()
+
+        storage.wait = hang
+        await send_together(client, ASK, CANCEL)
+        frames = await client.reply()
+        assert kinds_of(frames) == ["begin", "chunk", "complete"]
+        free.set()
+
+
+@pytest.mark.parametrize("message", [PLEA + " 아" * 2_000, "아 " * 2_000 + PLEA])
+async def test_one_that_is_too_long_is_answered(server: Server, message: str) -> None:
+    async with server.connect() as client:
+        await check_care(client, message, Signal.EXPLICIT)
+    ((stored, *_),) = await server.rows()
+    assert PLEA in stored
+    assert len(stored) <= 2_000
+    assert stored in message
+
+
 @pytest.mark.parametrize("message", [SIGN, THREAT])
 async def test_other_signals_wait_for_their_turn(server: Server, counsellor: ScriptedCounsellor, message: str) -> None:
     talk = counsellor.expect().say("첫째")
@@ -226,20 +275,6 @@ async def test_other_signals_wait_for_their_turn(server: Server, counsellor: Scr
         talk.end()
         assert kinds_of(await client.reply()) == ["complete"]
         assert text_of(await client.reply()).startswith(tuple(FIRST.values()))
-
-
-async def send_together(client: Client, *frames: tuple[str, object]) -> None:
-    """Send frames in one packet."""
-    messages = [json.dumps({"type": kind, "data": data}).encode() for kind, data in frames]
-    packets = b""
-    for message in messages:  # masked by zeros: a client's frames must have a mask, of any kind
-        size = bytes([0x80 | len(message)]) if len(message) < 126 else b"\xfe" + len(message).to_bytes(2, "big")
-        packets += b"\x81" + size + bytes(4) + message
-    os.write(client.ws.get_extra_info("socket").fileno(), packets)
-
-
-ASK = ("request_ai_response", {"message": PLEA})
-CANCEL = ("cancel_ai_response", None)
 
 
 async def test_a_cancel_in_the_same_packet_leaves_begin_sentence_and_complete(server: Server) -> None:
@@ -557,6 +592,33 @@ async def test_the_mark_is_tried_again_after_the_person_has_left(
             await client.reply()
         storage.heal()
         await until(lambda: not server.sessions)  # nothing is left to be done, or kept
+        assert (await storage.admit("가", 2**52, 6000)).at_risk
+
+
+async def test_a_mistake_of_ours_in_settling_keeps_no_session(
+    counsellor: ScriptedCounsellor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bemore_voice.STORE_SECONDS", 0.1)
+    monkeypatch.setattr("bemore_voice.SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr("bemore_voice.RESUME_SECONDS", 0.1)
+    storage = FaultyStorage(make_storage(settings := make_settings(f"sqlite:///{tmp_path}/a.db")))
+    mistakes = 0
+
+    async def fail(_: str) -> None:
+        nonlocal mistakes
+        if storage.fault is None and mistakes < 3:
+            mistakes += 1
+            raise RuntimeError("a mistake")
+
+    async with serve(settings, counsellor, storage) as server:
+        storage.fail()
+        async with server.connect() as client:
+            await client.ask(PLEA)
+            await client.reply()
+        storage.wait = fail
+        storage.heal()
+        await until(lambda: not server.sessions)
+        assert mistakes == 3
         assert (await storage.admit("가", 2**52, 6000)).at_risk
 
 

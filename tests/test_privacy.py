@@ -452,8 +452,8 @@ async def test_nothing_that_a_client_sends_reaches_the_instruction(gemini: Gemin
             await client.reply()
             await server.storage.fetch("DELETE FROM token_buckets")
             (request,) = gemini.requests
-            known = emotion if emotion in list(Emotion) else Emotion.NEUTRAL
-            instruction = {"parts": [{"text": system_prompt(Emotion(str(known)))}]}
+            known = Emotion(str(emotion)) if emotion in list(Emotion) else None
+            instruction = {"parts": [{"text": system_prompt(known)}]}
             assert request["body"]["systemInstruction"] == instruction
             for content in request["body"]["contents"]:
                 assert (INJECTION in content["parts"][0]["text"]) == (content["role"] == "user")

@@ -9,7 +9,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from support import Client, ScriptedCounsellor, Server, Wire, kinds_of, make_settings, serve, text_of
+from aiohttp import WSMsgType
+from support import Client, ScriptedCounsellor, Server, Wire, kinds_of, make_settings, send_together, serve, text_of
 from tools import until
 
 import bemore_voice
@@ -413,9 +414,27 @@ async def test_control_frames_count_too(server: Server) -> None:
 
 def test_a_budget_is_full_again_after_a_while() -> None:
     socket = Socket(asyncio.Transport())
-    assert [socket.take_frame(1000.0) for _ in range(FRAMES_AT_ONCE + 1)] == [True] * FRAMES_AT_ONCE + [False]
-    assert not socket.take_frame(1000.0)
-    assert socket.take_frame(2000.0)
+    assert [socket.take_frame(WSMsgType.TEXT, 1000.0) for _ in range(FRAMES_AT_ONCE + 1)] == [True] * FRAMES_AT_ONCE + [
+        False
+    ]
+    assert not socket.take_frame(WSMsgType.TEXT, 1000.0)
+    assert socket.take_frame(WSMsgType.TEXT, 2000.0)
+
+
+async def test_an_answer_to_a_ping_of_the_servers_costs_the_peer_nothing(server: Server) -> None:
+    """A ping follows each reply, to all tabs: many short replies to one tab close no other."""
+    async with server.connect() as asking, server.connect() as other:
+        for _ in range(FRAMES_AT_ONCE // 2):
+            await send_together(asking, ("request_ai_response", {"message": "가"}), ("cancel_ai_response", None))
+            for client in (asking, other):
+                assert kinds_of(await client.reply()) == ["complete"]
+        async with server.connect() as third:
+            for _ in range(FRAMES_AT_ONCE // 2):
+                await send_together(third, ("request_ai_response", {"message": "가"}), ("cancel_ai_response", None))
+                for client in (third, other):
+                    assert kinds_of(await client.reply()) == ["complete"]
+        for _ in range(FRAMES_AT_ONCE - 10):
+            await other.silent()
 
 
 # The end of the process

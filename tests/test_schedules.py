@@ -4,13 +4,16 @@ SCHEDULES is how many (300), SEED the first one's number. A failure names its se
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import re
 import socket
-from collections import defaultdict
-from collections.abc import AsyncIterator
+import sqlite3
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,19 +22,23 @@ import aiohttp
 import pytest
 from aiohttp import web
 from standin import GeminiStandIn, event, status
-from support import ENDS, FaultyStorage, Server, kinds_of, make_settings, serve, text_of
+from support import ENDS, Client, FaultyStorage, Server, kinds_of, make_settings, send_together, serve, text_of
 from tools import PATIENCE, until
 
-from bemore_voice import anonymous, make_counsellor, make_storage
+from bemore.care import FIRST, SHORT, signal_in
+from bemore_voice import Failure, Session, Socket, Utterance, anonymous, make_counsellor, make_storage
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "300"))
 SEED = int(os.environ.get("SEED", "0"))
 TOGETHER = 25  # schedules under way at once, each in a session of its own
 
-ACTIONS = ["ask", "ask", "ask", "ask", "bad", "cancel", "cut", "cut", "close", "return", "return", "break", "heal",
-           "release", "wait", "wait"]  # fmt: skip
+ACTIONS = ["ask", "ask", "ask", "ask", "plea", "bad", "cancel", "together", "flood", "cut", "cut", "close", "return",
+           "return", "break", "heal", "lock", "clock", "release", "wait", "wait"]  # fmt: skip
 PLANS = ["whole", "whole", "gated", "gated", "slow", "again", "forbidden", "reset", "cut off", "malformed", "blocked",
          "empty", "stalled"]  # fmt: skip
+REFUSALS = ("empty_message", "rate_limited")  # told to the asker alone
+PREPARED = (*FIRST.values(), *SHORT.values())
+CANCEL = ("cancel_ai_response", None)
 
 
 class Page:
@@ -63,23 +70,19 @@ class Page:
                     self.frames.append(frame)
                     self._seen.add(frame.get("seq", 0))
                 self._news.notify_all()
+        async with self._news:
+            self.ws = None
+            self._news.notify_all()
 
-    async def send(self, kind: str, data: object = None) -> None:
-        """Send a frame, and wait until the server has acted on it."""
+    async def send(self, *frames: tuple[str, object]) -> None:
+        """Send frames in one packet, and wait until the server has acted on them, or has closed the socket."""
         if self.ws is None:
             return
-        await self.ws.send_json({"type": kind, "data": data})
-        await self.ws.send_json({"type": "ping"})
         pongs = self.pongs + 1
+        with contextlib.suppress(ConnectionError):  # it has just been closed
+            await send_together(Client(self.ws), *frames, ("ping", None))
         async with asyncio.timeout(PATIENCE), self._news:
-            await self._news.wait_for(lambda: self.pongs >= pongs)
-
-    async def see(self, text: str) -> None:
-        """Wait for a reply with this text to end."""
-        async with asyncio.timeout(PATIENCE), self._news:
-            await self._news.wait_for(
-                lambda: any(text in text_of(reply) and reply[-1]["type"] in ENDS for reply in replies_of(self.frames))
-            )
+            await self._news.wait_for(lambda: self.pongs >= pongs or self.ws is None)
 
     async def reply(self, before: int, patience: float = PATIENCE) -> list[dict[str, Any]]:
         """Wait for the reply after so many, and return its frames."""
@@ -93,13 +96,13 @@ class Page:
         return replies_of(self.frames)[before]
 
     async def leave(self, *, cut: bool) -> None:
-        if self.ws is None or self._reader is None:
+        if self._reader is None:
             return
-        if cut:
-            self.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-        await self.ws.close()
+        if self.ws is not None:
+            if cut:
+                self.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+            await self.ws.close()
         await self._reader
-        self.ws = None
 
 
 def replies_of(frames: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -112,78 +115,156 @@ def replies_of(frames: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [reply for reply in replies if reply]
 
 
+class Counts:
+    """What the server has read and withdrawn, by session: a test on the wire cannot know when a cancel was read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: Counter[str] = Counter()
+        self.pleas: Counter[str] = Counter()
+        self.withdrawn: Counter[str] = Counter()
+        submit, cancel = Session.submit, Session.cancel
+
+        def counted_submit(session: Session, asker: Socket, asked: Utterance | Failure) -> bool:
+            self.read[session.id] += 1
+            self.pleas[session.id] += isinstance(asked, Utterance) and signal_in(asked.message) is not None
+            before = len(session._waiting) + 1
+            taken = submit(session, asker, asked)
+            if not taken:
+                self.withdrawn[session.id] += before - len(session._waiting)
+            return taken
+
+        def counted_cancel(session: Session) -> None:
+            before = len(session._waiting)
+            cancel(session)
+            self.withdrawn[session.id] += before - len(session._waiting)
+
+        monkeypatch.setattr(Session, "submit", counted_submit)
+        monkeypatch.setattr(Session, "cancel", counted_cancel)
+
+
+class House:
+    """What the sessions of a schedule share: a server, and what happens to all of it."""
+
+    def __init__(self, server: Server, storage: FaultyStorage, counts: Counts, path: Path) -> None:
+        self.server, self.storage, self.counts = server, storage, counts
+        self.plans: dict[str, str] = {}
+        self._path = path
+        self._locked = False
+
+    def lock(self, seconds: float) -> None:
+        """Hold the database's lock for so long, as another program does."""
+        if self._locked:
+            return
+        other = sqlite3.connect(self._path, isolation_level=None, timeout=0)
+
+        def release() -> None:
+            other.execute("ROLLBACK")
+            other.close()
+            self._locked = False
+
+        try:
+            other.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:  # the server holds it
+            other.close()
+        else:
+            self._locked = True
+            asyncio.get_running_loop().call_later(seconds, release)
+
+    def rows(self, session_id: str) -> list[tuple[str, str]]:
+        """What is stored: message and reply of each turn."""
+        with contextlib.closing(sqlite3.connect(self._path)) as other:
+            return other.execute(
+                "SELECT user_message, ai_response FROM conversations WHERE session_id = ? ORDER BY id", (session_id,)
+            ).fetchall()
+
+
 class Schedule:
     """One session's random life."""
 
-    def __init__(self, seed: int, server: Server, storage: FaultyStorage, plans: dict[str, str]) -> None:
+    def __init__(self, seed: int, house: House) -> None:
         self.random = random.Random(seed)
         self.id = f"schedule-{seed}"
-        self.server = server
-        self.storage = storage
-        self.plans = plans
-        self.steady, self.flapping = Page(server, self.id), Page(server, self.id)
+        self.house = house
+        self.steady, self.flapping = Page(house.server, self.id), Page(house.server, self.id)
         self.asked = 0
-        self.asked_since_cancel = 0
-        self.cancelled = False
         self.script: list[str] = []
 
-    async def ask(self, page: Page, plan: str) -> str:
-        message = f"<{self.id}/{self.asked}>"
-        self.plans[message] = plan
+    def question(self, opening: str = "") -> tuple[str, object]:
+        message = f"{opening}<{self.id}/{self.asked}>"
+        plan = self.random.choice(PLANS)
+        self.script[-1] += f" {plan}"
+        self.house.plans[message] = plan
         self.asked += 1
-        self.asked_since_cancel += 1
-        await page.send("request_ai_response", {"message": message, "emotion": "sad"})
-        return message
+        return "request_ai_response", {"message": message, "emotion": "sad"}
 
     async def act(self, action: str) -> None:
         page = self.random.choice([self.steady, self.flapping])
         page = page if page.ws is not None else self.steady
-        if action == "ask":
-            plan = self.random.choice(PLANS)
-            self.script[-1] += f" {plan}"
-            await self.ask(page, plan)
-        elif action == "bad":
-            await page.send("request_ai_response", {"message": " "})
-        elif action == "cancel":
-            self.cancelled, self.asked_since_cancel = True, 0
-            await page.send("cancel_ai_response")
-        elif action == "cut":
-            await self.flapping.leave(cut=True)
-        elif action == "close" and self.flapping.ws is not None:
-            await self.flapping.leave(cut=False)
-            self.flapping = Page(self.server, self.id)  # a page loaded anew knows nothing
-        elif action == "return" and self.flapping.ws is None:
-            await self.flapping.open()
-        elif action == "break":
-            self.storage.broken.add(self.id)
-        elif action == "heal":
-            self.storage.broken.discard(self.id)
-        elif action == "release":
-            GATES[self.id].set()
-        elif action == "wait":
-            await asyncio.sleep(self.random.uniform(0, 0.03))
+        match action:
+            case "ask":
+                await page.send(self.question())
+            case "plea":
+                await page.send(self.question("죽고 싶어요 "))
+            case "bad":
+                await page.send(("request_ai_response", {"message": " "}))
+            case "cancel":
+                await page.send(CANCEL)
+            case "together":
+                await page.send(self.question(), CANCEL)
+            case "flood":
+                await self.flood()
+            case "cut":
+                await self.flapping.leave(cut=True)
+            case "close":
+                if self.flapping.ws is not None:
+                    await self.flapping.leave(cut=False)
+                    self.flapping = Page(self.house.server, self.id)  # a page loaded anew knows nothing
+            case "return":
+                if self.flapping.ws is None:
+                    await self.flapping.open()
+            case "break":
+                self.house.storage.broken.add(self.id)
+            case "heal":
+                self.house.storage.broken.discard(self.id)
+            case "lock":
+                self.house.lock(self.random.uniform(0, 0.4))
+            case "clock":
+                CLOCK.step(self.random.choice([-600, -1, 1, 600]))
+            case "release":
+                GATES[self.id].set()
+            case "wait":
+                await asyncio.sleep(self.random.uniform(0, 0.03))
 
-    async def run(self) -> None:
+    async def flood(self) -> None:
+        """Send more in one packet than a socket may, some of it with a cancel right behind."""
+        page = Page(self.house.server, self.id)
+        await page.open()
+        frames = [frame for _ in range(35) for frame in (self.question(), CANCEL)]
+        await page.send(*(frames if self.random.random() < 0.7 else frames[::2]))
+        await page.leave(cut=False)
+
+    async def live(self) -> None:
         GATES[self.id].clear()
         await self.steady.open()
         await self.flapping.open()
         for _ in range(self.random.randint(3, 14)):
             self.script.append(self.random.choice(ACTIONS))
             await self.act(self.script[-1])
-        await self.act("release")
-        await self.act("heal")
-        await self.act("return")
-        last = await self.ask(self.steady, "whole")
-        await self.steady.see(last)
-        await self.flapping.see(last)
-        await self.steady.leave(cut=False)
-        await self.flapping.leave(cut=False)
 
-    async def check(self, outcomes: list[str]) -> None:
+    async def come_to_rest(self) -> None:
+        for action in ("release", "heal", "return"):
+            await self.act(action)
+        session = self.house.server.session(self.id)
+        await until(lambda: session.task is None and not any(socket._held for socket in session.sockets))
+        for page in (self.steady, self.flapping):
+            await page.send()
+            await page.leave(cut=False)
+
+    def check(self, outcomes: list[str], refusals: Collection[str] = REFUSALS) -> None:
         """Check what the steady page, the flapping page, the table and the log say of the same session."""
         frames = [frame for frame in self.steady.frames if "seq" in frame]
         seqs = [frame["seq"] for frame in frames]
-        assert seqs == list(range(seqs[0], seqs[0] + len(seqs)))
+        assert seqs == sorted(set(seqs))
         replies = replies_of(frames)
         seen = []
         for reply in replies:
@@ -193,27 +274,52 @@ class Schedule:
             assert len(set(re.findall(r"<(.*?)>", text_of(reply)))) <= 1, "a frame of one reply inside another"
             end = reply[-1]
             seen.append("interrupted" if end.get("interrupted") else end.get("code", "complete"))
-        # Every request that was accepted has ended once, in the order of the log.
-        assert seen == [outcome for outcome in outcomes if outcome != "empty_message"]
-        assert self.asked_since_cancel <= len(seen) <= self.asked
-        assert self.cancelled or len(seen) == self.asked
-        # What is stored is what was shown.
-        shown = [text_of(reply) for reply in replies if reply[-1]["type"] == "ai_stream_complete" and text_of(reply)]
-        rows = await self.server.rows(self.id)
-        assert [row[1] for row in rows] == shown
+        # Every request that was read, also one with a cancel behind it, has ended once, in the order of the log.
+        rest = iter(outcomes)
+        assert all(end in rest for end in seen)
+        assert set(Counter(outcomes) - Counter(seen)) <= set(refusals)
+        assert len(outcomes) == self.house.counts.read[self.id] - self.house.counts.withdrawn[self.id]
+        # Every plea was answered, whatever else was the matter.
+        answers = [text_of(reply) for reply in replies if reply[-1]["type"] == "ai_stream_complete" and text_of(reply)]
+        pleas = [text for text in answers if text.startswith(PREPARED)]
+        assert len(pleas) >= self.house.counts.pleas[self.id]
+        # What is stored is what was shown; of pleas, what the rate and the database allowed.
+        rows = self.house.rows(self.id)
+        stored = [row[1] for row in rows if not row[1].startswith(PREPARED)]
+        assert stored == [text for text in answers if not text.startswith(PREPARED)]
+        left = iter(pleas)
+        assert all(row[1] in left for row in rows if row[1].startswith(PREPARED))
         assert all(row[0] in row[1] or "109" in row[1] for row in rows)
-        # A page that has any frame of a reply has all of it, however often it was cut.
-        whole = {frame["seq"]: reply for reply in replies for frame in reply}
-        for reply in replies_of(self.flapping.frames):
-            assert reply == whole[reply[0]["seq"]]
+        # A page that has any frame of a reply has all of it, however often it was cut; no plea past the rate is kept.
+        had = [frame for frame in self.flapping.frames if "seq" in frame]
+        assert all(frame in frames for frame in had)
+        for reply in replies:
+            part = [frame for frame in reply if frame in had]
+            assert part in ([], reply) or text_of(reply).startswith(PREPARED)
 
 
+class Clock:
+    """The server's, which somebody sets."""
+
+    offset = 0.0
+
+    def step(self, seconds: float) -> None:
+        self.offset += seconds
+
+    def __call__(self) -> float:
+        return time.time() + self.offset
+
+
+CLOCK = Clock()
 GATES: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+ASKED = re.compile(r"<(schedule-\d+)/\d+>")
 
 
 async def answer(request: web.Request, plans: dict[str, str]) -> web.StreamResponse:
     """Answer as the plan for this message says; each chunk carries the message that it answers."""
-    message = (await request.json())["contents"][-1]["parts"][0]["text"]
+    said = [part["text"] for content in (await request.json())["contents"] for part in content["parts"]]
+    message = next(text for text in reversed(said) if text in plans)  # not a request to go on with its answer
+    session_id = ASKED.search(message)[1]  # type: ignore[index]
     plan = plans[message]
     if plan == "again":
         plans[message] = "whole"
@@ -226,7 +332,7 @@ async def answer(request: web.Request, plans: dict[str, str]) -> web.StreamRespo
         for number in range(4):
             await response.write(event(f"{message}{number} "))
             if plan == "gated":
-                await GATES[message.strip("<>").partition("/")[0]].wait()
+                await GATES[session_id].wait()
             elif plan in ("slow", "reset"):
                 await asyncio.sleep(0.01)
             elif plan == "stalled" and number == 1:
@@ -243,47 +349,92 @@ async def answer(request: web.Request, plans: dict[str, str]) -> web.StreamRespo
 
 
 @asynccontextmanager
-async def running(folder: Path, plans: dict[str, str]) -> AsyncIterator[tuple[Server, FaultyStorage, GeminiStandIn]]:
+async def running(folder: Path, counts: Counts) -> AsyncIterator[tuple[House, GeminiStandIn]]:
     async with GeminiStandIn() as stand_in:
-        stand_in.default = lambda request: answer(request, plans)
         settings = make_settings(
             f"sqlite:///{folder}/a.db",
             DEMO_MODE=0,
             GEMINI_API_KEY="k",
             GEMINI_BASE_URL=stand_in.url,
             CHUNK_TIMEOUT_SECONDS=2,
+            DATABASE_TIMEOUT_SECONDS=0.2,
             MAX_AI_REQUESTS_PER_MINUTE=6000,
             STREAM_CHUNK_INTERVAL_MS=5,
         )
         storage = FaultyStorage(make_storage(settings))
-        async with serve(settings, make_counsellor(settings), storage) as server:
-            yield server, storage, stand_in
+        async with serve(settings, make_counsellor(settings), storage, clock=CLOCK) as server:
+            house = House(server, storage, counts, folder / "a.db")
+            stand_in.default = lambda request: answer(request, house.plans)
+            yield house, stand_in
+
+
+def check_all(
+    schedules: list[Schedule], results: list[BaseException | None], lines: list[str], refusals: Collection[str]
+) -> None:
+    for schedule, result in zip(schedules, results, strict=True):
+        name = f"session={anonymous(schedule.id)} "
+        outcomes = [re.search(r"outcome=(\w+)", line) for line in lines if name in line]
+        try:
+            assert result is None, repr(result)
+            schedule.check([match[1] for match in outcomes if match], refusals)
+        except AssertionError as error:
+            error.add_note(f"{schedule.id}: {', '.join(schedule.script)}")
+            raise
+
+
+def batches() -> list[range]:
+    return [range(first, min(first + TOGETHER, SEED + SCHEDULES)) for first in range(SEED, SEED + SCHEDULES, TOGETHER)]
 
 
 @pytest.mark.timeout(600)
-async def test_whatever_happens_every_request_has_one_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_whatever_happens_every_request_has_one_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level("INFO", "bemore_voice")
-    plans: dict[str, str] = {}
-    async with running(tmp_path, plans) as (server, storage, stand_in):
+    monkeypatch.setattr("bemore_voice.SETTLE_SECONDS", 0.1)
+    async with running(tmp_path, Counts(monkeypatch)) as (house, stand_in):
         await asyncio.sleep(0)
         tasks = len(asyncio.all_tasks())
-        for first in range(SEED, SEED + SCHEDULES, TOGETHER):
-            seeds = range(first, min(first + TOGETHER, SEED + SCHEDULES))
-            schedules = [Schedule(seed, server, storage, plans) for seed in seeds]
-            results = await asyncio.gather(*(schedule.run() for schedule in schedules), return_exceptions=True)
+        for seeds in batches():
+            schedules = [Schedule(seed, house) for seed in seeds]
+
+            async def run(schedule: Schedule) -> None:
+                await schedule.live()
+                await schedule.come_to_rest()
+
+            results = await asyncio.gather(*map(run, schedules), return_exceptions=True)
             lines = [record.getMessage() for record in caplog.records]
             caplog.clear()
-            for schedule, result in zip(schedules, results, strict=True):
-                name = f"session={anonymous(schedule.id)} "
-                outcomes = [re.search(r"outcome=(\w+)", line) for line in lines if name in line]
-                try:
-                    assert result is None, repr(result)
-                    await schedule.check([match[1] for match in outcomes if match])
-                except AssertionError as error:
-                    error.add_note(f"{schedule.id}: {', '.join(schedule.script)}")
-                    raise
+            check_all(schedules, results, lines, REFUSALS)
         # And all is back where it began.
         await until(lambda: stand_in.ended == len(stand_in.requests))
-        await until(lambda: not any(session.sockets or session.worker for session in server.sessions))
+        await until(lambda: not any(session.sockets or session.task for session in house.server.sessions))
         # What is left are the handlers of the connections to the model that are kept for the next reply.
         await until(lambda: len(asyncio.all_tasks()) <= tasks + stand_in.connections())
+
+
+@pytest.mark.timeout(600)
+async def test_a_stop_at_any_moment_leaves_no_request_without_its_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "bemore_voice")
+    monkeypatch.setattr("bemore_voice.SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr("bemore_voice.DRAIN_SECONDS", 0.3)
+    for seeds in batches()[:4]:
+        async with running(tmp_path, Counts(monkeypatch)) as (house, _):
+            schedules = [Schedule(seed, house) for seed in seeds]
+
+            async def run(schedule: Schedule) -> None:
+                with contextlib.suppress(aiohttp.ClientError, ConnectionError):  # nobody is let in any more
+                    await schedule.live()
+
+            lives = [asyncio.create_task(run(schedule)) for schedule in schedules]
+            await asyncio.sleep(random.Random(seeds[0]).uniform(0.05, 0.4))  # any moment
+            await house.server.runner.cleanup()
+            results = await asyncio.gather(*lives, return_exceptions=True)
+            for schedule in schedules:
+                for page in (schedule.steady, schedule.flapping):
+                    await page.leave(cut=False)
+        lines = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        check_all(schedules, results, lines, (*REFUSALS, "ai_unavailable"))

@@ -14,6 +14,7 @@ def test_without_any_setting_a_hobbyist_gets_sqlite_and_the_demo() -> None:
     assert settings.allowed_origins == {"http://localhost:5173"}
     assert (settings.gemini_model, settings.gemini_max_output_tokens) == ("gemini-3.5-flash-lite", 200)
     assert settings.gemini_thinking_level == "minimal"
+    assert settings.gemini_fallback_model == ""
     assert (settings.max_ai_requests_per_minute, settings.stream_chunk_interval_ms) == (10, 50)
     assert not settings.barge_in
     timeouts = (settings.first_chunk_timeout_seconds, settings.chunk_timeout_seconds, settings.reply_timeout_seconds)
@@ -58,6 +59,7 @@ def test_demo_mode_wins_over_a_key() -> None:
         ("GEMINI_BASE_URL", "generativelanguage.googleapis.com"),
         ("GEMINI_BASE_URL", "http://user:hush@host"),
         ("GEMINI_MODEL", "a model/../other"),
+        ("GEMINI_FALLBACK_MODEL", "a model/../other"),
         ("GEMINI_MAX_OUTPUT_TOKENS", "0"),
         ("GEMINI_THINKING_LEVEL", "deep"),
         ("SESSION_TTL_HOURS", "0"),

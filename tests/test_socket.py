@@ -9,13 +9,14 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import WSMsgType
 from standin import GeminiStandIn, event, stream
 from support import ScriptedCounsellor, Server, kinds_of, make_settings, serve, text_of
 from tools import until
 
 from bemore.counsellor import Emotion, Failed
 from bemore.demo import Demo
-from bemore_voice import SENTENCES, ErrorCode, make_counsellor, system_prompt
+from bemore_voice import FRAME_GAP_SECONDS, SENTENCES, ErrorCode, Socket, make_counsellor, system_prompt
 
 COMPLETE = ["begin", "chunk", "complete"]
 
@@ -151,6 +152,84 @@ async def test_chunks_have_a_smallest_gap_and_what_is_held_back_is_joined(tmp_pa
         assert time.monotonic() - said < 0.3
         talk.end()
         await client.reply()
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Socket, float, dict[str, Any]]]:
+    """What the server writes of replies: to whom and when, by its own clock, which no busy reader stretches."""
+    frames: list[tuple[Socket, float, dict[str, Any]]] = []
+    send = Socket.send
+
+    def noted(self: Socket, frame: bytes, opcode: WSMsgType = WSMsgType.TEXT) -> None:
+        if opcode is WSMsgType.TEXT and "seq" in (read := json.loads(frame)):
+            frames.append((self, asyncio.get_running_loop().time(), read))
+        send(self, frame, opcode)
+
+    monkeypatch.setattr(Socket, "send", noted)
+    return frames
+
+
+def shortest_gap(written: list[tuple[Socket, float, dict[str, Any]]]) -> float:
+    """The shortest, in seconds, between a frame of a reply and the one before it to the same socket."""
+    last: dict[Socket, float] = {}
+    gaps = []
+    for socket, now, frame in written:
+        if frame["type"] != "ai_stream_begin":
+            gaps.append(now - last[socket])
+        last[socket] = now
+    return min(gaps)
+
+
+async def test_two_frames_of_a_reply_are_never_within_one_render(
+    tmp_path: Path, written: list[tuple[Socket, float, dict[str, Any]]]
+) -> None:
+    """Neither the begin and the first chunk, nor the last and the end, nor what a page that returns is sent again."""
+    counsellor = ScriptedCounsellor()
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", STREAM_CHUNK_INTERVAL_MS=5)
+    async with serve(settings, counsellor) as server, server.connect() as client:
+        counsellor.expect().say("하나", "둘", "셋").end()
+        counsellor.expect().say("하나").fail(Failed("test"))
+        talk = counsellor.expect().say("하나")
+        await client.ask()
+        await client.reply()
+        await client.ask()
+        assert kinds_of(await client.reply())[-1] == "error"
+        await client.ask()
+        seen = [await client.frame(), await client.frame()]
+        async with server.connect() as other:
+            assert [await other.frame(), await other.frame()] == seen
+            await client.send("cancel_ai_response")
+            assert await client.reply() == await other.reply()
+        assert talk.closed.is_set()
+        counsellor.expect().say("하나").end()
+        await client.ask("죽고 싶어요")
+        assert kinds_of(await client.reply())[-1] == "complete"
+    assert shortest_gap(written) > FRAME_GAP_SECONDS - 0.001
+
+
+async def test_without_a_gap_between_chunks_there_is_none_around_a_reply(
+    server: Server, counsellor: ScriptedCounsellor, written: list[tuple[Socket, float, dict[str, Any]]]
+) -> None:
+    counsellor.expect().say("하나", "둘").end()
+    async with server.connect() as client:
+        await client.ask()
+        assert kinds_of([await client.frame(), await client.frame()]) == ["begin", "chunk"]
+    assert shortest_gap(written[:2]) < FRAME_GAP_SECONDS
+
+
+async def test_what_is_held_for_its_gap_is_said_before_the_goodbye(tmp_path: Path) -> None:
+    counsellor = ScriptedCounsellor()
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", STREAM_CHUNK_INTERVAL_MS=50)
+    async with serve(settings, counsellor) as server, server.connect() as client:
+        talk = counsellor.expect()
+        await client.ask()
+        await talk.asked.wait()
+        ending = asyncio.create_task(server.runner.cleanup())
+        await until(lambda: server.sessions.draining)
+        talk.say("하나").end()
+        assert kinds_of(await client.reply()) == ["begin", "chunk", "complete"]
+        assert await client.closed() == aiohttp.WSCloseCode.GOING_AWAY
+        await ending
 
 
 async def test_a_reply_that_fails_ends_in_one_error_and_is_not_stored(

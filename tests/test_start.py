@@ -58,6 +58,14 @@ async def test_it_starts_with_gemini_and_postgres_and_logs_neither_key_nor_passw
     assert not any(word in program.log for word in ("hush", "비밀", "듣고"))
 
 
+async def test_it_says_which_models_answer(tmp_path: Path, gemini: GeminiStandIn) -> None:
+    values = {"GEMINI_API_KEY": "k", "GEMINI_BASE_URL": gemini.url, "GEMINI_MODEL": "m-1"}
+    async with started(tmp_path, **values, GEMINI_FALLBACK_MODEL="m-2") as program, aiohttp.ClientSession() as http:
+        assert program.log.rstrip().endswith(", model m-1, fallback m-2")
+        async with http.get(f"http://127.0.0.1:{program.port}/health") as response:
+            assert (await response.json())["ai"] == "m-1, fallback m-2"
+
+
 async def test_on_sigterm_the_reply_in_progress_ends_and_is_stored(tmp_path: Path) -> None:
     async with started(tmp_path) as program:
         async with program.connect() as client, program.connect("idle") as idle:

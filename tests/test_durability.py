@@ -1,0 +1,395 @@
+"""Databases that lock, hang, fill up or lose what they hold: a turn is stored once or not at all, and nobody waits."""
+
+import asyncio
+import contextlib
+import os
+import resource
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+from support import (
+    FaultyStorage,
+    ScriptedCounsellor,
+    Wire,
+    kinds_of,
+    make_settings,
+    send_together,
+    serve,
+    started,
+)
+from tools import PATIENCE, open_storage, until
+
+import bemore_voice
+from bemore.postgres import MAX_CONNECTIONS, MIN_CONNECTIONS, Postgres
+from bemore.storage import ADD_TURN, NewTurn, NoToken, Unavailable
+
+NOW = 1_800_000_000_000_000
+Lock = Callable[[], AbstractAsyncContextManager[None]]
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def engine_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/a.db" if request.param == "sqlite" else str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def lock(engine_url: str) -> Lock:
+    """What another program does to the table of turns for as long as a test says."""
+
+    @asynccontextmanager
+    async def locked() -> AsyncIterator[None]:
+        if engine_url.startswith("sqlite"):
+            other = sqlite3.connect(engine_url.removeprefix("sqlite:///"), isolation_level=None)
+            other.execute("BEGIN IMMEDIATE")
+            yield
+            other.execute("ROLLBACK")
+            other.close()
+        else:
+            connection = await asyncpg.connect(engine_url)
+            async with connection.transaction():
+                await connection.execute("LOCK TABLE conversations IN SHARE MODE")  # read, and not written
+                yield
+            await connection.close()
+
+    return locked
+
+
+async def backends(url: str, condition: str = "TRUE") -> int:
+    """Count the server's processes for this database's clients, but for the one that asks."""
+    connection = await asyncpg.connect(url)
+    count = await connection.fetchval(
+        "SELECT count(*) FROM pg_stat_activity"
+        f" WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND {condition}"
+    )
+    await connection.close()
+    return int(count)
+
+
+async def none_waits(url: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while await backends(url, "wait_event_type = 'Lock'"):  # noqa: ASYNC110 - Postgres tells of no event
+            await asyncio.sleep(0.02)
+
+
+# Statements that are given up
+
+
+async def test_a_locked_table_leaves_no_backend_behind_and_shuts_no_other_client_out(
+    counsellor: ScriptedCounsellor, postgres_url: str
+) -> None:
+    settings = make_settings(postgres_url, AUTO_CREATE_SESSIONS=1, DATABASE_TIMEOUT_SECONDS=0.5)
+    locker = await asyncpg.connect(postgres_url)
+    others = await backends(postgres_url)
+    async with serve(settings, counsellor) as server, contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(server.connect(str(number))) for number in range(40)]
+        async with locker.transaction():
+            await locker.execute("LOCK TABLE token_buckets, conversations")
+            for _ in range(3):
+                await asyncio.gather(*(client.ask() for client in clients))
+                ends = [(await client.reply())[-1] for client in clients]
+                assert {end["code"] for end in ends} == {"ai_unavailable"}
+                assert await backends(postgres_url) - others <= MAX_CONNECTIONS
+            await none_waits(postgres_url)  # the server was told, too, while the lock is still held
+        for client in clients:
+            await client.ask()
+            assert kinds_of(await client.reply())[-1] == "complete"
+    await locker.close()
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.25])
+async def test_a_turn_behind_a_lock_is_stored_once(
+    counsellor: ScriptedCounsellor, engine_url: str, lock: Lock, seconds: float
+) -> None:
+    """However often its insert was given up while it waited for the lock."""
+    settings = make_settings(engine_url, AUTO_CREATE_SESSIONS=1, DATABASE_TIMEOUT_SECONDS=seconds)
+    storage = FaultyStorage(bemore_voice.make_storage(settings))
+    async with serve(settings, counsellor, storage) as server, contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(server.connect(str(number))) for number in range(6)]
+        talks = [counsellor.expect() for _ in clients]
+        for client in clients:
+            await client.ask("하나")
+        for talk in talks:
+            await talk.asked.wait()
+        async with lock():
+            for talk in talks:
+                talk.say("가나다").end()
+            await until(lambda: storage.statements.count(ADD_TURN) >= 3 * len(clients))
+        for client in clients:
+            assert kinds_of(await client.reply()) == ["begin", "chunk", "complete"]
+        await storage.settled()
+        for number in range(len(clients)):
+            assert [row[0] for row in await server.rows(str(number))] == ["하나"]
+
+
+async def test_a_turn_that_was_told_failed_is_not_in_the_table(
+    counsellor: ScriptedCounsellor, engine_url: str, lock: Lock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bemore_voice, "STORE_SECONDS", 1)
+    monkeypatch.setattr(bemore_voice, "SETTLE_SECONDS", 0.1)
+    settings = make_settings(engine_url, AUTO_CREATE_SESSIONS=1, DATABASE_TIMEOUT_SECONDS=3)
+    async with serve(settings, counsellor) as server, contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(server.connect(str(number))) for number in range(6)]
+        talks = [counsellor.expect() for _ in clients]
+        for client in clients:
+            await client.ask("하나")
+        for talk in talks:
+            await talk.asked.wait()
+        async with lock():
+            for talk in talks:
+                talk.say("가나다").end()
+            for client in clients:
+                frames = await client.reply()
+                assert (kinds_of(frames)[-1], frames[-1]["code"]) == ("error", "ai_unavailable")
+        await until(lambda: not any(session.task for session in server.sessions))
+        for number, client in enumerate(clients):
+            assert await server.rows(str(number)) == []
+            await client.ask("둘")
+            assert kinds_of(await client.reply())[-1] == "complete"
+            assert [row[0] for row in await server.rows(str(number))] == ["둘"]
+    assert all(not prompt.history for prompt in counsellor.prompts)  # what failed is not what was said before
+
+
+class Mute(FaultyStorage):
+    """Commits the next turn, and never says so."""
+
+    mute = True
+
+    async def fetch(self, sql: str, *values: object) -> Any:
+        rows = await super().fetch(sql, *values)
+        if sql == ADD_TURN and values[0] and self.mute:
+            await asyncio.Event().wait()
+        return rows
+
+
+async def test_a_turn_that_was_stored_without_an_answer_is_withdrawn_again(
+    counsellor: ScriptedCounsellor, engine_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bemore_voice, "STORE_SECONDS", 0.5)
+    settings = make_settings(engine_url, AUTO_CREATE_SESSIONS=1)
+    storage = Mute(bemore_voice.make_storage(settings))
+    async with serve(settings, counsellor, storage) as server, server.connect() as client:
+        await client.ask("하나")
+        assert kinds_of(await client.reply())[-1] == "error"
+        storage.mute = False
+        await client.ask("둘")
+        assert kinds_of(await client.reply())[-1] == "complete"
+        assert [row[0] for row in await server.rows()] == ["둘"]
+    assert counsellor.prompts[-1].history == []
+
+
+async def test_where_it_may_not_be_withdrawn_the_session_goes_on(
+    counsellor: ScriptedCounsellor, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A role that may add turns, and not delete them."""
+    monkeypatch.setattr(bemore_voice, "STORE_SECONDS", 0.5)
+    async with open_storage(postgres_url):
+        owner = await asyncpg.connect(postgres_url)
+    await owner.execute(
+        "DROP ROLE IF EXISTS adder; CREATE ROLE adder LOGIN; GRANT USAGE ON SCHEMA public TO adder;"
+        "GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO adder;"
+        "GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO adder"
+    )
+    settings = make_settings(postgres_url.replace("postgres:@", "adder:@"), AUTO_CREATE_SESSIONS=1)
+    storage = Mute(bemore_voice.make_storage(settings))
+    try:
+        async with serve(settings, counsellor, storage) as server, server.connect() as client:
+            await client.ask("하나")
+            assert kinds_of(await client.reply())[-1] == "error"
+            storage.mute = False
+            for _ in range(2):
+                await client.ask("둘")
+                assert kinds_of(await client.reply())[-1] == "complete"
+    finally:
+        await owner.execute("DROP OWNED BY adder; DROP ROLE adder")
+        await owner.close()
+
+
+async def test_cancels_past_any_rate_cost_no_connection(counsellor: ScriptedCounsellor, postgres_url: str) -> None:
+    """Requests, each with a cancel behind it, from sockets that come again and again: the backends stay the same."""
+    settings = make_settings(postgres_url, AUTO_CREATE_SESSIONS=1)
+    request, cancel = ("request_ai_response", {"message": "안녕하세요"}), ("cancel_ai_response", None)
+    async with serve(settings, counsellor) as server, server.connect("other") as other:
+        watching = await asyncpg.connect(postgres_url)
+
+        async def pids() -> set[int]:
+            rows = await watching.fetch(
+                "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
+            return {row["pid"] for row in rows}
+
+        before = await pids()
+        for number in range(10):
+            async with server.connect(f"cancelling {number}") as client:
+                await send_together(client, *[request, cancel] * 25)
+                await other.ask()
+                assert kinds_of(await other.reply())[-1] in ("complete", "error")  # past its rate, for the last ones
+                assert kinds_of(await client.reply())[-1] == "complete"
+        await server.storage.settled()
+        assert before <= await pids()
+        await watching.close()
+
+
+# Prepared statements
+
+
+async def prepared_names(storage: Postgres) -> list[str]:
+    """The names that one of the pool's connections knows."""
+    link = await storage._pool.take()
+    try:
+        rows = await link.connection.fetch("SELECT name FROM pg_prepared_statements WHERE name LIKE 'bemore%'")
+    finally:
+        storage._pool.give_back(link)
+    return [row["name"] for row in rows]
+
+
+async def talk_in_turns(storage: Postgres, session_id: str, number: int) -> None:
+    await storage.create_session(session_id)
+    for turn in range(number):
+        await storage.admit(session_id, NOW, 6000)
+        await storage.add_turn(session_id, NewTurn(f"말 {turn}", "답", None, turn))
+
+
+async def said_in(url: str, session_id: str) -> list[object]:
+    async with open_storage(url) as storage:
+        return [turn["user_message"] for turn in await storage.conversations(session_id, 200, 2**53)]
+
+
+async def test_statements_are_prepared_where_postgres_is_reached_directly(postgres_url: str) -> None:
+    async with Postgres(postgres_url, 5) as storage:
+        await talk_in_turns(storage, "s", 3)
+        assert len(await prepared_names(storage)) >= 2
+        assert storage.prepares
+
+
+async def test_a_pooler_that_keeps_none_is_found_out_without_a_lost_or_doubled_turn(
+    pgbouncer: str, postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PgBouncer 1.18 in transaction mode, with fewer server connections than there are clients."""
+    caplog.set_level("INFO", "bemore_voice")
+    async with Postgres(pgbouncer, 5) as storage:
+        sessions = [f"s{number}" for number in range(12)]
+        await asyncio.gather(*(talk_in_turns(storage, session, 10) for session in sessions))
+        assert not storage.prepares
+    assert caplog.text.count("does not keep prepared statements") == 1
+    for session in sessions:
+        assert await said_in(postgres_url, session) == [f"말 {number}" for number in range(10)]
+
+
+async def test_a_pooler_that_is_put_in_between_while_it_runs_costs_no_turn(pgbouncer: str, postgres_url: str) -> None:
+    folder, port = postgres_url.partition("host=")[2], int(pgbouncer.rpartition(":")[2].partition("/")[0])
+    pooled = False
+
+    async def target() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if pooled:
+            return await asyncio.open_connection("127.0.0.1", port)
+        return await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
+
+    async with Wire(target) as wire, Postgres(f"postgresql://postgres@127.0.0.1:{wire.port}/postgres", 5) as storage:
+        await asyncio.gather(*(talk_in_turns(storage, f"direct {number}", 5) for number in range(8)))
+        assert storage.prepares
+        pooled = True
+        wire.cut()
+
+        async def talk(session_id: str) -> None:
+            """As the server does: once more what the cut connections failed, with the same key."""
+            turns = [NewTurn(f"말 {number}", "답", None, number) for number in range(10)]
+            for step in [storage.create_session, *[lambda s, t=turn: storage.add_turn(s, t) for turn in turns]]:
+                while True:
+                    with contextlib.suppress(Unavailable):
+                        await step(session_id)
+                        break
+                await storage.admit(session_id, NOW, 6000)
+
+        sessions = [f"pooled {number}" for number in range(12)]
+        await asyncio.gather(*(talk(session) for session in sessions))
+        assert not storage.prepares
+    for session in sessions:
+        assert await said_in(postgres_url, session) == [f"말 {number}" for number in range(10)]
+
+
+# The pool
+
+
+async def test_a_burst_takes_what_comes_free_and_an_idle_process_goes_back_to_five(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bemore.postgres.IDLE_SECONDS", 0.2)
+    others = await backends(postgres_url)  # a pooler's
+    async with Postgres(postgres_url, 5) as storage:
+        await asyncio.gather(*(storage.fetch("SELECT pg_sleep(0.05)") for _ in range(60)))
+        grown = await backends(postgres_url) - others
+        assert MIN_CONNECTIONS < grown <= MAX_CONNECTIONS
+        async with asyncio.timeout(PATIENCE):
+            while await backends(postgres_url) - others > MIN_CONNECTIONS:  # noqa: ASYNC110 - Postgres tells of no event
+                await asyncio.sleep(0.05)
+        await storage.ping()
+
+
+# Clocks
+
+
+async def test_a_bucket_of_a_clock_that_was_set_back_counts_as_empty(database_url: str) -> None:
+    async with open_storage(database_url) as storage:
+        await storage.create_session("s")
+        await storage.admit("s", NOW + 600_000_000, 10)
+        for _ in range(2):
+            with pytest.raises(NoToken) as caught:
+                await storage.admit("s", NOW, 10)
+            assert caught.value.retry_after_ms == 6000
+        await storage.admit("s", NOW + 6_000_000, 10)
+        with pytest.raises(NoToken):
+            await storage.admit("s", NOW + 6_000_000, 10)
+
+
+# Health
+
+
+async def health(url: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as http, http.get(f"{url}/health") as response:
+        return response.status, (await response.json())["database"]
+
+
+async def test_health_tells_of_a_file_that_is_gone_and_nothing_is_confirmed_into_it(
+    counsellor: ScriptedCounsellor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bemore_voice, "STORE_SECONDS", 0.3)
+    path = tmp_path / "a.db"
+    async with serve(make_settings(f"sqlite:///{path}"), counsellor) as server, server.connect() as client:
+        talk = counsellor.expect()
+        await client.ask("하나")
+        await talk.asked.wait()
+        for name in ("a.db", "a.db-wal", "a.db-shm"):
+            os.unlink(tmp_path / name)
+        assert await health(server.url) == (503, "unavailable")
+        talk.say("가").end()
+        assert (await client.reply())[-1]["code"] == "ai_unavailable"
+        sqlite3.connect(path).executescript("PRAGMA user_version = 1").close()  # somebody puts a file back
+        assert await health(server.url) == (200, "ok")
+        async with server.connect("new") as other:
+            await other.ask("둘")
+            assert kinds_of(await other.reply())[-1] == "complete"
+        assert [row[0] for row in await server.rows("new")] == ["둘"]
+
+
+@pytest.mark.parametrize("table", ["conversations", "token_buckets"])
+async def test_health_tells_of_a_dropped_table(counsellor: ScriptedCounsellor, engine_url: str, table: str) -> None:
+    async with serve(make_settings(engine_url), counsellor) as server:
+        assert await health(server.url) == (200, "ok")
+        await server.storage.fetch(f"DROP TABLE {table}")
+        assert await health(server.url) == (503, "unavailable")
+
+
+async def test_health_tells_of_a_full_disk(tmp_path: Path) -> None:
+    async with started(tmp_path) as program:
+        url = f"http://127.0.0.1:{program.port}"
+        assert await health(url) == (200, "ok")
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        assert await health(url) == (503, "unavailable")
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert await health(url) == (200, "ok")

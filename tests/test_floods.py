@@ -1,0 +1,118 @@
+"""One client that sends too much, or a model that never ends, costs nobody else anything; all is answered."""
+
+import contextlib
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from standin import GeminiStandIn, event
+from support import ScriptedCounsellor, Server, kinds_of, make_settings, send_together, serve, text_of
+from tools import until
+
+import bemore_voice
+from bemore.care import signal_in
+from bemore_voice import make_counsellor
+
+REQUEST = ("request_ai_response", {"message": "안녕하세요"})
+CANCEL = ("cancel_ai_response", None)
+LONG = ("request_ai_response", {"message": "가나다라마" * 400})
+
+
+async def test_a_request_with_a_cancel_right_behind_it_is_answered_also_just_after_an_interrupted_complete(
+    server: Server,
+) -> None:
+    for number in range(20):  # each within its budget of frames
+        async with server.connect(str(number)) as client:
+            for _ in range(20):
+                await send_together(client, REQUEST, CANCEL)
+                frames = await client.reply()
+                assert kinds_of(frames) == ["complete"]
+                assert frames[-1]["interrupted"] is True
+
+
+FLOODS = {
+    "long requests, each with a cancel": [LONG, CANCEL],
+    "pings": [("ping", None)],
+    "cancels": [CANCEL],
+    "bad frames": [("", None)],
+    "empty messages": [("request_ai_response", {"message": " "}), CANCEL],
+    "frames of no known type": [("hello", None)],
+}
+
+
+@pytest.mark.parametrize("frames", FLOODS.values(), ids=FLOODS)
+async def test_a_flood_is_cut_at_its_sockets_budget(
+    server: Server, caplog: pytest.LogCaptureFixture, frames: list[tuple[str, object]]
+) -> None:
+    caplog.set_level("INFO", "bemore_voice")
+    async with server.connect("flooding") as flooding, server.connect("other") as other:
+        with contextlib.suppress(ConnectionError):
+            for kind, data in frames * 200:
+                await flooding.send(kind, data)
+        assert await flooding.closed() == aiohttp.WSCloseCode.POLICY_VIOLATION
+        await other.silent()
+    await until(lambda: not any(session.task for session in server.sessions))
+    assert len(caplog.records) <= bemore_voice.FRAMES_AT_ONCE + 1
+
+
+async def test_what_comes_in_one_packet_leaves_others_their_turn(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pong does not wait for the flood that was there before the ping."""
+    read: list[str] = []
+
+    def count(message: str) -> object:
+        read.append(message)
+        return signal_in(message)
+
+    monkeypatch.setattr(bemore_voice, "signal_in", count)
+    async with server.connect("flooding") as flooding, server.connect("other") as other:
+        await send_together(flooding, *[LONG, CANCEL] * 29)
+        await until(lambda: read)
+        await other.silent()
+        assert len(read) < 29
+        await until(lambda: len(read) == 29)
+
+
+async def test_a_reply_without_end_is_cut_and_complete(gemini: GeminiStandIn, tmp_path: Path) -> None:
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(event("끝없이 이어지는 말 " * 100))
+
+    gemini.answers.append(endless)
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", DEMO_MODE=0, GEMINI_API_KEY="k", GEMINI_BASE_URL=gemini.url)
+    async with serve(settings, make_counsellor(settings)) as server, server.connect() as client:
+        await client.ask()
+        frames = await client.reply()
+        assert frames[-1]["type"] == "ai_stream_complete"
+        assert len(text_of(frames)) == bemore_voice.MAX_REPLY_CHARACTERS
+        await until(lambda: gemini.ended == 1)  # nobody listens to the rest
+        assert [row[1] for row in await server.rows()] == [text_of(frames)]
+        await client.ask()
+        assert kinds_of(await client.reply())[-1] == "complete"
+
+
+# Clocks
+
+
+async def test_a_clock_that_is_set_back_takes_nobody_back(counsellor: ScriptedCounsellor, tmp_path: Path) -> None:
+    now = [1_800_000_000.0]
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_AI_REQUESTS_PER_MINUTE=10)
+    async with serve(settings, counsellor, clock=lambda: now[0]) as server:
+        async with server.connect() as client:
+            await client.ask()
+            last = (await client.reply())[-1]["seq"]
+        await until(lambda: not server.sessions)  # nothing of the session is left in memory
+        now[0] -= 600
+        async with server.connect() as client:
+            await client.ask()
+            refused = (await client.reply())[-1]
+            assert (refused["code"], refused["retry_after_ms"]) == ("rate_limited", 6000)
+            now[0] += 6
+            await client.ask()
+            frames = await client.reply()
+            assert frames[-1]["type"] == "ai_stream_complete"
+            assert frames[0]["seq"] > last
