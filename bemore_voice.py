@@ -13,11 +13,13 @@ Where to find what, from top to bottom
     Application   create_app() wires the parts that it is given
     Entry point   settings, log, signals
 
-What it stands on, each readable alone, in bemore/: settings, access, care, counsellor, gemini, demo, storage, postgres.
+What it stands on, each readable alone, in bemore/: settings, door, access, care, counsellor, gemini, demo, storage,
+postgres.
 
 Limits: 2,000 characters a message, 64 KiB a frame (close code 1009), 16 frames waiting in a session and, from a socket,
-60 at once and 10 a second (1008), 8 sockets a session (429), MAX_CONNECTIONS in all (503), MAX_NEW_SESSIONS_PER_MINUTE
-an address (429), MAX_AI_REQUESTS_PER_MINUTE a session. A reply whose socket was lost is kept for 35 seconds.
+60 at once and 10 a second (1008), 8 sockets a session (429), MAX_CONNECTIONS in all (503), 16 KiB and 10 s a header,
+60 s a request, MAX_NEW_SESSIONS_PER_MINUTE an address (429), MAX_AI_REQUESTS_PER_MINUTE a session. A reply whose socket
+was lost is kept for 35 s.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from bemore import access
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, SHORT, Signal, signal_in
 from bemore.counsellor import RISK_MARKER, Blocked, Counsellor, Emotion, Failed, Notice, Prompt
 from bemore.demo import Demo
+from bemore.door import Connection, Door
 from bemore.gemini import Gemini
 from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
 from bemore.storage import (
@@ -88,10 +91,15 @@ STORE_SECONDS = 5  # a turn is tried to be stored for so long
 PLEA_WAITS_SECONDS = 0.02  # for the row of the reply before it; an insert takes a tenth of that
 FRAME_GAP_SECONDS = 0.02  # between two frames of a reply: of those that come within one render React sees the last
 MAX_HELD_FRAMES = 256  # for their gap, of one socket; those of a reply that is sent again
+CREATION_SECONDS = 1  # of a session in its first handshake; then its first request creates it
 SETTLE_SECONDS = 5  # between two tries to do what the database still owes
-HANDSHAKE_SECONDS = 75  # for a request's header, and between two requests; longer than a proxy keeps its own end open
+HEADER_SECONDS = 10  # for a request's header; phones on bad networks need two or three
+REQUEST_SECONDS = 60  # from a request's header until its answer is taken: the longest page on a slow line
+KEEPALIVE_SECONDS = 75  # between two requests; longer than a proxy keeps its own end open
+FULL_RETRY_SECONDS = 10  # after which a client that found no room may try again
 BODY_SECONDS = 10  # for a request's body
 MAX_BODY_BYTES = 16 * 1024  # no route needs one; some clients send an empty object
+SAME_LINE_SECONDS = 60  # in which a stray exception is logged once
 DEFAULT_PAGE_TURNS = 50
 MAX_PAGE_TURNS = 200
 MAX_ID = 2**63 - 1
@@ -373,6 +381,12 @@ def system_prompt(emotion: Emotion | None, *, now: Signal | None = None, at_risk
 # Sessions
 
 
+CLOSE_REASONS = {
+    WSCloseCode.PROTOCOL_ERROR: b"a frame without a mask",
+    WSCloseCode.POLICY_VIOLATION: b"too many frames",
+}
+
+
 class Socket:
     """A WebSocket that is written to without waiting for its reader.
 
@@ -480,14 +494,24 @@ class Socket:
         if self._left is not None:
             self._left.set_result(None)
 
-    def take_frame(self, kind: WSMsgType, now: float) -> bool:
+    def take_frame(self, opcode: int, now: float) -> bool:
         """Count a frame that the peer has sent; return False where it sends more than its budget holds."""
-        if kind is WSMsgType.PONG and self._pongs_due:
+        if opcode == WSMsgType.PONG and self._pongs_due:
             self._pongs_due -= 1
             return True
         now_us, refill_us = int(now * 1_000_000), 1_000_000 // FRAMES_A_SECOND
         self._budget_full_at_us = max(self._budget_full_at_us, now_us) + refill_us
         return self._budget_full_at_us - now_us <= FRAMES_AT_ONCE * refill_us
+
+    def refuse(self, code: WSCloseCode) -> None:
+        """Let the socket's reader find, behind all that came before, by which code it is to be closed."""
+        if self.ws._reader is not None:
+            self.ws._reader.feed_data(aiohttp.WSMessage(WSMsgType.ERROR, code, None), 0)
+
+    async def turn_away(self, code: WSCloseCode) -> None:
+        """Say what is held, and close for what the peer did; only the task that reads may."""
+        self.flush()
+        await self.ws.close(code=code, message=CLOSE_REASONS[code], drain=False)
 
     def cut(self) -> None:
         """Break the connection without a word."""
@@ -1216,7 +1240,7 @@ class Sessions:
 
 SETTINGS = web.AppKey("settings", Settings)
 SESSIONS = web.AppKey("sessions", Sessions)
-CONNECTIONS = web.AppKey("connections", asyncio.Semaphore)
+LOCAL = web.AppKey("local", bool)  # only this machine can connect
 NEW_SESSIONS = web.AppKey("new_sessions", access.AddressLimit)
 
 SPOKEN = (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG)  # by a peer that is there
@@ -1232,12 +1256,23 @@ HTTP_ERRORS = {
     "method_not_allowed": (405, "지원하지 않는 요청 방식입니다"),
     "request_timeout": (408, "요청을 받는 시간이 초과되었습니다"),
     "body_too_large": (413, "요청이 너무 큽니다"),
+    "expectation_failed": (417, "지원하지 않는 Expect 헤더입니다"),
     "upgrade_required": (426, "웹소켓으로 연결해주세요"),
     "too_many_sessions": (429, "새 세션을 너무 자주 만들었습니다. 잠시 후 다시 시도해주세요"),
     "too_many_sockets": (429, "이 세션에 열린 연결이 너무 많습니다"),
     "internal_error": (500, "서버에 문제가 생겼습니다"),
     "too_many_connections": (503, "접속자가 많습니다. 잠시 후 다시 시도해주세요"),
     "unavailable": (503, "서비스를 일시적으로 사용할 수 없습니다"),
+}
+
+
+# Of every answer.
+PROTECTION = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Server": "BeMore voice",  # aiohttp would name Python's version and its own
 }
 
 
@@ -1256,6 +1291,7 @@ async def answer_refusals(
 ) -> web.StreamResponse:
     headers: Mapping[str, str] = {}
     try:
+        check_room(request)
         check_origin(request)
         await pass_over_body(request)
         return await handler(request)
@@ -1277,16 +1313,33 @@ async def answer_refusals(
     except Exception as bug:
         code = "internal_error"
         logger.error("%s %s: %s", request.method, request.match_info.route.resource, describe_bug(bug))
+    return refusal_answer(code, headers)
+
+
+def refusal_answer(code: str, headers: Mapping[str, str]) -> web.Response:
     status, sentence = HTTP_ERRORS[code]
     return web.json_response({"error": sentence, "code": code}, status=status, headers=headers)
+
+
+def status_answer(status: int) -> web.Response:
+    """Return the answer for what no handler sees: what is no HTTP, or an Expect that nobody can meet."""
+    code = next((code for code, (number, _) in HTTP_ERRORS.items() if number == status), "internal_error")
+    return refusal_answer(code, PROTECTION)
+
+
+def check_room(request: web.Request) -> None:
+    """Refuse what comes on a connection over the limit, but for a load balancer that asks how the server is."""
+    if isinstance(request.protocol, Connection) and request.protocol.surplus and request.path != "/health":
+        raise HttpRefusal("too_many_connections", retry_after=FULL_RETRY_SECONDS)
 
 
 def check_origin(request: web.Request) -> None:
     """Refuse a browser's page of an origin that may not talk to this server."""
     settings = request.app[SETTINGS]
     scheme = forwarded(request, "X-Forwarded-Proto") or request.scheme
-    own, guard = f"{scheme}://{request.host}", settings.local and not settings.trust_proxy
-    if not access.is_welcome(request.headers.get("Origin"), own, settings.allowed_origins, guard_name=guard):
+    origin, own = request.headers.get("Origin"), f"{scheme}://{request.host}"
+    guard_name = request.app[LOCAL] and not settings.trust_proxy
+    if not access.is_welcome(origin, own, settings.allowed_origins, guard_name=guard_name, name=settings.host):
         raise HttpRefusal("origin_not_allowed")
 
 
@@ -1316,11 +1369,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     headers["Vary"] = "Origin"
     if (origin := request.headers.get("Origin")) in request.app[SETTINGS].allowed_origins:
         headers["Access-Control-Allow-Origin"] = str(origin)
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers["Referrer-Policy"] = "no-referrer"
-    headers["Cache-Control"] = "no-store"
-    headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
-    headers["Server"] = "BeMore voice"  # aiohttp would name Python's version and its own
+    policy = headers.get("Content-Security-Policy", PROTECTION["Content-Security-Policy"])  # the page has its own
+    headers.update({**PROTECTION, "Content-Security-Policy": policy})
 
 
 async def preflight(_: web.Request) -> web.Response:
@@ -1418,22 +1468,14 @@ def content_security_policy(page: str) -> str:
 async def session_socket(request: web.Request) -> web.StreamResponse:
     """GET /ws/session/{session_id}: refuse before the upgrade, or open a socket and read it to its end."""
     session_id = check_access(request, token_required=request.app[SETTINGS].require_session_token)
-    if not web.WebSocketResponse().can_prepare(request):
+    if not is_handshake(request):
         raise HttpRefusal("upgrade_required")
-    connections = request.app[CONNECTIONS]
-    if connections.locked():  # before a session is created for it
-        raise HttpRefusal("too_many_connections")
-    async with connections:
-        return await open_socket(request, session_id)
-
-
-async def open_socket(request: web.Request, session_id: str) -> web.StreamResponse:
-    """Upgrade, and read the socket to its end; refuse a ninth one, and all while the server stops."""
     sessions, to_be_created = request.app[SESSIONS], request.app[SETTINGS].auto_create_sessions
     if to_be_created:
-        # A database that is away keeps nobody from connecting: a lost reply may wait here for this socket.
-        with contextlib.suppress(StorageError):
-            await sessions.services.storage.create_session(session_id)
+        # A database that is away or slow keeps nobody from connecting: a lost reply may wait here for this socket.
+        with contextlib.suppress(StorageError, TimeoutError):
+            async with asyncio.timeout(CREATION_SECONDS):
+                await sessions.services.storage.create_session(session_id)
             to_be_created = False
     # From here to join() nothing waits for anything, so that the count still holds.
     if sessions.draining:
@@ -1445,6 +1487,8 @@ async def open_socket(request: web.Request, session_id: str) -> web.StreamRespon
         raise ConnectionResetError("the client left during the handshake")
     sessions.services.counsellor.prepare()
     socket = Socket(request.transport, sessions.services.frame_gap_seconds)
+    if isinstance(request.protocol, Connection):
+        request.protocol.watch_frames(socket.take_frame, socket.refuse)
     await socket.ws.prepare(request)
     socket.ws.headers.clear()  # sent; they would take 1.4 KiB for as long as the socket is open
     session = sessions.get(session_id)
@@ -1458,19 +1502,26 @@ async def open_socket(request: web.Request, session_id: str) -> web.StreamRespon
     return socket.ws
 
 
+def is_handshake(request: web.Request) -> bool:
+    """Tell whether a request asks for a WebSocket, in a version and with a key as RFC 6455 wants them."""
+    try:
+        return bool(web.WebSocketResponse().can_prepare(request))
+    except ValueError:  # a key that is not ASCII
+        return False
+
+
 async def read_socket(socket: Socket, session: Session, services: Services) -> bool:
     """Hand over what a socket sends until it closes; tell whether its peer closed it as one should."""
     while (message := await socket.ws.receive()).type in SPOKEN:
         if socket.closing:
             continue
         session.hear(socket, message.data if message.type is WSMsgType.PONG else None)
-        if not (
-            socket.take_frame(message.type, loop_time()) and take_message(message, socket, session, services.now_ms())
-        ):
-            socket.flush()
-            await socket.ws.close(code=WSCloseCode.POLICY_VIOLATION, message=b"too many frames", drain=False)
+        if not take_message(message, socket, session, services.now_ms()):
+            await socket.turn_away(WSCloseCode.POLICY_VIOLATION)
             return False
         await asyncio.sleep(0)  # what has arrived together is read one by one: others have their turn in between
+    if message.type is WSMsgType.ERROR and isinstance(message.data, WSCloseCode) and not socket.closing:
+        await socket.turn_away(message.data)
     return message.type is WSMsgType.CLOSE
 
 
@@ -1529,11 +1580,11 @@ def create_app(
     app = web.Application(middlewares=[answer_refusals], client_max_size=MAX_BODY_BYTES)
     app[SETTINGS] = settings
     app[SESSIONS] = Sessions(services)
-    app[CONNECTIONS] = asyncio.Semaphore(settings.max_connections)
+    app[LOCAL] = access.is_loopback(settings.host)
     app[NEW_SESSIONS] = access.AddressLimit(settings.max_new_sessions_per_minute, monotonic)
     app.cleanup_ctx.append(open_services)
     app.on_response_prepare.append(add_headers)
-    app.router.add_get(r"/ws/session/{session_id:[\s\S]*}", session_socket)
+    app.router.add_get(r"/ws/session/{session_id:[\s\S]*}", session_socket, allow_head=False)
     app.router.add_post("/api/sessions", make_session)
     app.router.add_get("/api/sessions/{session_id:[^/]*}/conversations", read_conversations, allow_head=False)
     app.router.add_delete("/api/sessions/{session_id:[^/]*}", erase_session)
@@ -1566,13 +1617,26 @@ class Runner(web.AppRunner):
         await self.app[SESSIONS].drain()
         await super().cleanup()
 
+    async def _make_server(self) -> web.Server:
+        plain = await super()._make_server()
+        return Door(
+            plain.request_handler,
+            request_factory=plain.request_factory,
+            answer=status_answer,
+            most=self.app[SETTINGS].max_connections,
+            header_seconds=HEADER_SECONDS,
+            request_seconds=REQUEST_SECONDS,
+            **plain._kwargs,
+        )
+
 
 def make_runner(app: web.Application) -> web.AppRunner:
     """Return what serves an application within the limits that no handler sees."""
     return Runner(
         app,
         access_log=None,  # its lines would hold session ids and tokens
-        keepalive_timeout=HANDSHAKE_SECONDS,  # aiohttp counts a first header's time by it too
+        auto_decompress=False,  # of bodies, which nobody reads
+        keepalive_timeout=KEEPALIVE_SECONDS,
         lingering_time=CLOSE_SECONDS,  # for what is left of a refused body
         shutdown_timeout=CLOSE_SECONDS,
     )
@@ -1604,10 +1668,24 @@ def configure_logging(level: str) -> None:
     warnings.filterwarnings("ignore", message=".*HMAC key.*")  # PyJWT's at every token; ours comes once, at start
 
 
-def log_stray_exception(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what asyncio found in a task that nobody waits for; asyncio's own line would hold the exception's words."""
-    bug = context.get("exception")
-    logger.error("%s%s", context.get("message", ""), "" if bug is None else f": {describe_bug(bug)}")
+class StrayExceptionLog:
+    """Logs what asyncio found in a task that nobody waits for; asyncio's own line would hold the exception's words.
+
+    The same line comes once in SAME_LINE_SECONDS: a process that has run out of files tells it by the hundred.
+    """
+
+    def __init__(self) -> None:
+        self._line = ""
+        self._quiet_until = 0.0  # by the loop's time, for this line
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        bug = context.get("exception")
+        line = context.get("message", "") + ("" if bug is None else f": {describe_bug(bug)}")
+        if "._start_serving(" in line:
+            return  # asyncio accepts again a second after it ran out of files, also where nobody listens any more
+        if line != self._line or loop.time() >= self._quiet_until:
+            self._line, self._quiet_until = line, loop.time() + SAME_LINE_SECONDS
+            logger.error("%s", line)
 
 
 def allow_open_files(wanted: int) -> None:
@@ -1651,17 +1729,16 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain; raise ConfigError where the start fails."""
     runner = make_runner(create_app(settings, make_storage(settings), make_counsellor(settings)))
     allow_open_files(2 * settings.max_connections + 100)  # while a reply streams its session has two connections
-    asyncio.get_running_loop().set_exception_handler(log_stray_exception)
+    asyncio.get_running_loop().set_exception_handler(StrayExceptionLog())
     if settings.weak_secret:
         logger.warning("JWT_SECRET_KEY: tokens can be forged by guessing it, take %d random bytes", MIN_SECRET_BYTES)
     try:
         await runner.setup()
         try:
             await web.TCPSite(runner, settings.host, settings.port).start()
-        except OSError as error:
-            raise ConfigError(
-                f"HOST, PORT: cannot listen on {settings.host}:{settings.port} ({error.strerror})"
-            ) from None
+        except (OSError, UnicodeError) as error:  # also a name that no name server may be asked for
+            reason = getattr(error, "strerror", "no such name")
+            raise ConfigError(f"HOST, PORT: cannot listen on {settings.host}:{settings.port} ({reason})") from None
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import re
+import socket
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,27 +13,40 @@ from urllib.parse import urlsplit
 # Origins and hosts
 
 
-def is_welcome(origin: str | None, own: str, allowed: frozenset[str], *, guard_name: bool) -> bool:
+def is_welcome(origin: str | None, own: str, allowed: frozenset[str], *, guard_name: bool, name: str = "") -> bool:
     """Tell whether a page of this origin may talk to the server, whose own origin is `own`.
 
     What sends no Origin is no browser's page, or is the server's own. `guard_name`, for a server that only this
     machine reaches, also refuses where its own name is a stranger's: any page can let its name point to 127.0.0.1, and
-    be of the same origin as a server that listens there (DNS rebinding).
+    be of the same origin as a server that listens there (DNS rebinding). `name` is what the server was told to be.
     """
     if origin in allowed:
         return True
-    if guard_name and not is_own_name(own.partition("://")[2], allowed):
+    if guard_name and not is_own_name(own.partition("://")[2], allowed, name):
         return False
     return origin in (None, own)
 
 
-def is_own_name(host: str, allowed: frozenset[str]) -> bool:
-    """Tell whether a Host header names this machine, as no stranger's domain can, or one of the allowed origins."""
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches a server on a host: whether all addresses that it stands for are loopback.
+
+    However it is written: LOCALHOST, 127.1 and 0:0:0:0:0:0:0:1 are, 0 is every address. May wait for a name server.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        return False  # nor can anything listen there
+    addresses = [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
+    return all((getattr(address, "ipv4_mapped", None) or address).is_loopback for address in addresses)
+
+
+def is_own_name(host: str, allowed: frozenset[str], own: str = "") -> bool:
+    """Tell whether a Host header names this machine, as no stranger's domain can, by `own` or as an allowed origin."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return False
-    if name == "localhost" or name in {urlsplit(origin).hostname for origin in allowed}:
+    if name in ("localhost", own.lower() or None) or name in {urlsplit(origin).hostname for origin in allowed}:
         return True
     try:
         return bool(ipaddress.ip_address(name))
@@ -114,6 +128,6 @@ def is_token_for(session_id: str, token: str, secret: str) -> bool:
     options: Any = {"require": ["sub", "exp"]}
     try:
         claims = jwt.decode(token, secret, algorithms=["HS256"], options=options)
-    except jwt.InvalidTokenError:
+    except (jwt.InvalidTokenError, UnicodeError):  # bytes that are no UTF-8 come as halves of surrogate pairs
         return False
     return bool(claims["sub"] == session_id)

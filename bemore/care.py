@@ -6,6 +6,7 @@ docs/safety.md says what it finds and what it misses. ``python -m bemore.care "ë
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import math
 import operator
@@ -278,6 +279,7 @@ class Scores:
 
 
 DETECTOR = Detector(WEIGHTS.read_bytes())
+codecs.lookup("utf-16-le")  # else loaded at a person's first words, which a process without free files could not
 
 
 def signal_in(message: str) -> Signal | None:

@@ -59,11 +59,6 @@ class Settings:
     def weak_secret(self) -> bool:
         return 0 < len(self.jwt_secret_key.encode()) < MIN_SECRET_BYTES
 
-    @property
-    def local(self) -> bool:
-        """Whether only this machine can connect."""
-        return self.host.startswith("127.") or self.host in ("localhost", "::1")
-
 
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 

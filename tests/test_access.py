@@ -5,6 +5,7 @@ import pytest
 from bemore.access import (
     AddressLimit,
     countable_address,
+    is_loopback,
     is_own_name,
     is_token_for,
     is_welcome,
@@ -54,6 +55,42 @@ def test_pages_of_allowed_origins_and_the_servers_own_are_welcome(
 )
 def test_a_strangers_name_for_this_machine_is_told_from_its_own(host: str, own: bool) -> None:
     assert is_own_name(host, frozenset({APP})) is own
+
+
+def test_the_name_that_a_server_was_told_to_listen_on_is_its_own() -> None:
+    assert is_own_name("mybox:8000", frozenset(), "MyBox")
+    assert not is_own_name("evil.example:8000", frozenset(), "MyBox")
+    assert not is_own_name("", frozenset(), "")
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.255.0.9", True),
+        ("127.1", True),
+        ("localhost", True),
+        ("LOCALHOST", True),
+        ("::1", True),
+        ("0:0:0:0:0:0:0:1", True),
+        ("::ffff:127.0.0.1", True),
+        ("0.0.0.0", False),
+        ("0", False),
+        ("::", False),
+        ("192.0.2.1", False),
+        ("127.evil.invalid", False),
+    ],
+)
+def test_a_host_is_loopback_by_what_it_resolves_to(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+def test_a_name_of_which_one_address_is_reached_by_others_is_not_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(2, 1, 6, "", ("127.0.0.1", 0)), (2, 1, 6, "", ("192.0.2.1", 0))]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: found)
+    assert not is_loopback("both.example")
+    del found[1]
+    assert is_loopback("alias.example")
 
 
 @pytest.mark.parametrize(

@@ -163,9 +163,18 @@ async def close_when_a_frame_is_too_large() -> int | None:
         return await client.closed()
 
 
+async def close_when_a_frame_has_no_mask() -> int | None:
+    async with serve(make_settings(), Demo()) as server, server.connect() as client:
+        client.ws._writer.use_mask = False
+        await client.send("ping")
+        return await client.closed()
+
+
 async def test_close_codes_agree() -> None:
-    closed = [await close_when_it_stops(), await close_when_too_many_wait(), await close_when_a_frame_is_too_large()]
-    assert closed == [WSCloseCode.GOING_AWAY, WSCloseCode.POLICY_VIOLATION, WSCloseCode.MESSAGE_TOO_BIG]
+    closed = [await close_when_it_stops(), await close_when_a_frame_has_no_mask()]
+    closed += [await close_when_too_many_wait(), await close_when_a_frame_is_too_large()]
+    assert closed[:2] == [WSCloseCode.GOING_AWAY, WSCloseCode.PROTOCOL_ERROR]
+    assert closed[2:] == [WSCloseCode.POLICY_VIOLATION, WSCloseCode.MESSAGE_TOO_BIG]
     assert closed == [int(code) for code, _ in rows(PROTOCOL, "Close codes")]
 
 

@@ -18,7 +18,8 @@ from tools import PATIENCE, until
 from yarl import URL
 
 from bemore.demo import Demo
-from bemore_voice import CONNECTIONS, HTTP_ERRORS, __version__, make_storage
+from bemore.door import Door
+from bemore_voice import HTTP_ERRORS, __version__, make_storage
 
 
 async def refused(server: Server, path: str, **options: Any) -> tuple[int, str]:
@@ -158,6 +159,11 @@ async def test_no_compression_is_agreed_to(server: Server) -> None:
 # Limits
 
 
+def connections(server: Server) -> int:
+    assert isinstance(server.runner.server, Door)
+    return server.runner.server.count
+
+
 async def test_connections_over_the_limit_are_refused_before_a_session_is_made(tmp_path: Path) -> None:
     settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_CONNECTIONS=2)
     async with serve(settings, Demo()) as server:
@@ -167,14 +173,13 @@ async def test_connections_over_the_limit_are_refused_before_a_session_is_made(t
             async with server.http.get(f"{server.url}/health") as response:
                 assert response.status == 200
             await first.ws.close()
-            await until(lambda: not server.runner.app[CONNECTIONS].locked())
+            await until(lambda: connections(server) == 1)
             async with server.connect("c") as third:
                 await third.silent()
-        await until(lambda: not server.runner.app[CONNECTIONS].locked())
+        await until(lambda: connections(server) == 0)
         assert await refused(server, "/ws/session/a%00") == (400, "invalid_session_id")
         async with server.http.get(f"{server.url}/ws/session/a") as response:
             assert response.status == 426
-        assert not server.runner.app[CONNECTIONS].locked()
 
 
 async def new_session(server: Server, **headers: str) -> tuple[int, str | None]:
@@ -252,7 +257,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(server: Server, monke
 
 @pytest.mark.parametrize("sent", [b"", b"GET /ws/session/x HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: webso"])
 async def test_a_slow_handshake_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr("bemore_voice.HANDSHAKE_SECONDS", 0.3)
+    monkeypatch.setattr("bemore_voice.HEADER_SECONDS", 0.3)
     async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()) as server, server.connect() as talking:
         reader, writer = await raw(server, sent)
         async with asyncio.timeout(PATIENCE):
@@ -369,6 +374,15 @@ async def test_a_strangers_name_for_this_machine_is_refused(guarded: Server) -> 
     for host in ("[", "[::1", "localhost.evil.example", "127.0.0.1.evil.example", ""):
         async with guarded.http.get(f"{guarded.url}/health", headers={"Host": host}) as response:
             assert response.status in (400, 403)
+
+
+@pytest.mark.parametrize("host", ["LOCALHOST", "0:0:0:0:0:0:0:1", "127.1"])
+async def test_a_loopback_address_is_guarded_however_it_is_written(tmp_path: Path, host: str) -> None:
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db", HOST=host), Demo()) as server:
+        for strange in ({"Host": "evil.example"}, {"Host": "evil.example:80", "Origin": "http://evil.example:80"}):
+            assert await refused(server, "/ws/session/x", headers=strange) == (403, "origin_not_allowed")
+        async with server.connect() as client:
+            await client.silent()
 
 
 async def test_a_server_that_others_reach_goes_by_any_name(tmp_path: Path) -> None:

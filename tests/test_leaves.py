@@ -12,6 +12,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "access": set(),
     "care": set(),
     "counsellor": set(),
+    "door": set(),
     "settings": set(),
     "demo": {"counsellor"},
     "gemini": {"counsellor"},

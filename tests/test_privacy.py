@@ -36,7 +36,7 @@ from bemore.care import FIRST, Signal
 from bemore.counsellor import Emotion
 from bemore.demo import Demo
 from bemore.storage import ADD_TURN, DELETE_SESSION, SCHEMA, NewTurn
-from bemore_voice import SESSIONS, LogFormatter, log_stray_exception, make_counsellor, make_storage, system_prompt
+from bemore_voice import SESSIONS, LogFormatter, StrayExceptionLog, make_counsellor, make_storage, system_prompt
 
 PLEA = "이제 정말 죽고 싶어요"
 
@@ -521,7 +521,7 @@ async def test_a_task_that_nobody_waits_for_is_logged_without_words() -> None:
     async def broken() -> None:
         raise RuntimeError(f"{CANARY} hush")
 
-    asyncio.get_running_loop().set_exception_handler(log_stray_exception)
+    asyncio.get_running_loop().set_exception_handler(StrayExceptionLog())
     task = asyncio.create_task(broken())
     await asyncio.wait([task])
     del task

@@ -127,6 +127,7 @@ async def test_dotenv_is_read_from_the_folder_of_the_start_and_the_environment_w
         ({"DATABASE_URL": "sqlite:///no/such/folder/a.db"}, "DATABASE_URL: cannot use SQLite no/such/folder/a.db"),
         ({"DATABASE_URL": "postgresql://u:hush@h/d"}, "GEMINI_API_KEY: needed with Postgres"),
         ({"HOST": "no-such-host.invalid"}, "HOST, PORT: cannot listen on no-such-host.invalid:0"),
+        ({"HOST": "no..name"}, "HOST, PORT: cannot listen on no..name:0"),
     ],
 )  # fmt: skip
 async def test_a_start_that_fails_says_why_in_one_line(tmp_path: Path, values: dict[str, str], names: str) -> None:
