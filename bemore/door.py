@@ -75,7 +75,18 @@ class FrameWatch:
 class Connection(web.RequestHandler):
     """One connection: its header, each of its requests and its answers have their time and their size."""
 
-    __slots__ = ("_answered", "_body", "_door", "_header_bytes", "_until", "_watch", "_wire", "surplus")
+    __slots__ = (
+        "_answered",
+        "_body",
+        "_door",
+        "_header_bytes",
+        "_moved",
+        "_unread_before",
+        "_until",
+        "_watch",
+        "_wire",
+        "surplus",
+    )
 
     def __init__(self, door: Door, **options: Any) -> None:
         super().__init__(door, **options)
@@ -83,6 +94,8 @@ class Connection(web.RequestHandler):
         self._door = door
         self._wire: asyncio.Transport | None = None  # until it is lost; aiohttp forgets its own when it closes it
         self._until = math.inf  # by the loop's time: what is under way must be over
+        self._unread_before = 0  # bytes of an answer, and
+        self._moved = 0.0  # when there were other than now
         self._answered = False  # the last request, and nothing has come since
         self._body: StreamReader | None = None  # of the request that came last
         self._header_bytes = 0  # of requests that have not come whole, or wait behind another
@@ -108,9 +121,12 @@ class Connection(web.RequestHandler):
 
     def overdue(self, now: float) -> bool:
         """Tell whether something takes too long; between two requests aiohttp's keep-alive counts."""
-        if self._answered and not self._unread():
+        unread = self._unread()
+        if self._answered and not unread:
             self._until = math.inf
-        return now > self._until
+        if not unread or unread != self._unread_before:
+            self._unread_before, self._moved = unread, now
+        return now > self._until or now - self._moved > self._door.stall_seconds
 
     def begin(self) -> None:
         """Note that a request's handler begins."""
@@ -207,7 +223,8 @@ class Door(web.Server):
     """Serves at most so many connections, and closes those that take too long.
 
     `answer` makes the answer for a status that no handler gives. A header has `header_seconds` from its first byte, or
-    from the connection's beginning; a request `request_seconds` from there until its answer is taken.
+    from the connection's beginning; a request `request_seconds` from there until its answer is taken, and of what is
+    unsent something must be taken every `stall_seconds`.
     """
 
     def __init__(
@@ -219,12 +236,14 @@ class Door(web.Server):
         most: int,
         header_seconds: float,
         request_seconds: float,
+        stall_seconds: float,
         **options: Any,
     ) -> None:
         super().__init__(handler, request_factory=self._receive, **options)
         self.answer = answer
         self.header_seconds = header_seconds
         self.request_seconds = request_seconds
+        self.stall_seconds = stall_seconds
         self.count = 0  # of connections, from their acceptance to their end
         self._most = most
         self._make = request_factory

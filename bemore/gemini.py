@@ -11,7 +11,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote
@@ -23,6 +23,7 @@ from bemore.counsellor import Blocked, Counsellor, Failed, MarkerFilter, Notice,
 logger = logging.getLogger("bemore_voice")
 
 MAX_LINE_BYTES = 1024 * 1024  # of the event stream: thought signatures make long lines
+MAX_ANSWER_BYTES = 8 * 1024 * 1024  # of one answer, thoughts and all that nobody hears among it
 ATTEMPTS = 3  # at the first text, of the first model; the fallback is asked once
 KEEPALIVE_SECONDS = 120  # people think between two turns; a new TLS connection costs 100 to 300 ms
 TAIL_SECONDS = 0.5  # from the finish reason to the end of the body, so that the connection can be kept
@@ -393,6 +394,7 @@ class Answer:
     """
 
     def __init__(self, *, spoke: bool = False) -> None:
+        self._read = 0  # bytes
         self._line = b""  # the beginning of one whose end has not come yet
         self._spoke = spoke  # it may be the rest of an answer, and nothing be left
         self._finish = ""
@@ -405,11 +407,16 @@ class Answer:
     def feed(self, block: bytes) -> str:
         """Return the text of all events that end in a block: what came together goes on together."""
         texts = []
+        self._read += len(block)
+        *ended, self._line = (self._line + block).split(b"\n")
         try:
-            for line in self._lines(block):
+            check_length(self._read, MAX_ANSWER_BYTES, "an answer")
+            for line in ended:
+                check_length(len(line), MAX_LINE_BYTES, "a line")
                 if line.startswith(b"data:") and not self._finish:
                     text, self._finish = read_event(parse_json(line[len(b"data:") :]))
                     texts.append(text)
+            check_length(len(self._line), MAX_LINE_BYTES, "a line")
         except Failed as failure:
             self._failure = failure
         text = "".join(texts)
@@ -419,13 +426,6 @@ class Answer:
     def end(self) -> str:
         """Return the text of a last line without its end; one that broke off in its middle is no event."""
         return self.feed(b"\n") if self._line.rstrip().endswith(b"}") else ""
-
-    def _lines(self, block: bytes) -> Iterator[bytes]:
-        *ended, self._line = (self._line + block).split(b"\n")
-        for line in ended:
-            check_length(line)
-            yield line
-        check_length(self._line)
 
     def check(self) -> None:
         """Raise Blocked, Failed, or Fault for one that was cut off, unless the answer ended as one should."""
@@ -444,14 +444,14 @@ class Answer:
             raise failed("STOP without any text")
 
 
-def check_length(line: bytes) -> None:
-    if len(line) > MAX_LINE_BYTES:
-        raise failed("a line of over 1 MiB")
+def check_length(length: int, most: int, what: str) -> None:
+    if length > most:
+        raise failed(f"{what} of over {most >> 20} MiB")
 
 
 def parse_json(text: bytes) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text.decode())  # of bytes the encoding would be guessed
     except (ValueError, RecursionError):
         raise failed("an event that is not JSON") from None
 

@@ -25,7 +25,7 @@ from bemore_voice import (
     MAX_WAITING_FRAMES,
     SENTENCES,
     Failure,
-    chunk,
+    Frame,
     create_app,
     make_counsellor,
     make_storage,
@@ -107,7 +107,8 @@ def test_errors_agree() -> None:
 
 
 def test_frames_of_the_server_agree() -> None:
-    frames = [BEGIN, chunk("가"), COMPLETE, INTERRUPTED, pong(0), *(Failure(code).frame() for code in SENTENCES)]
+    chunk = Frame("ai_stream_chunk", {"chunk": "가"})
+    frames = [BEGIN, chunk, COMPLETE, INTERRUPTED, pong(0), *(Failure(code).frame() for code in SENTENCES)]
     table = {names(kind)[0]: (data, beside) for kind, data, beside in rows(PROTOCOL, "Frames from the server")}
     assert set(table) == {frame.type for frame in frames}
     for frame in frames:

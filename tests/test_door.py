@@ -558,7 +558,8 @@ async def test_a_reader_that_never_takes_its_answer_is_cut_off(tmp_path: Path, m
         with socket.socket() as reader:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             reader.connect(server.address)
-            reader.sendall(b"GET /api/sessions/s/conversations?limit=200 HTTP/1.1\r\n" + HOST + b"\r\n")
+            # Of one page the kernel would take all.
+            reader.sendall((b"GET /api/sessions/s/conversations?limit=200 HTTP/1.1\r\n" + HOST + b"\r\n") * 20)
             await until(lambda: door_of(server).count == 2)
             await until(lambda: door_of(server).count == 1)
         await talking.silent()
@@ -582,6 +583,38 @@ async def test_a_reader_of_small_answers_that_takes_none_is_cut_off(
                     reader.send(request_)
                 await asyncio.sleep(0)
     assert not errors()
+
+
+async def test_a_reader_that_stops_in_the_middle_of_its_answer_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the request's time is over: what it does not take is held in memory."""
+    monkeypatch.setattr("bemore_voice.STALL_SECONDS", 0.5)
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()) as server:
+        await server.storage.create_session("s")
+        for number in range(50):
+            await server.storage.add_turn("s", NewTurn("가", "답" * 16_000, Emotion.SAD, number))
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(server.address)
+            reader.sendall((b"GET /api/sessions/s/conversations HTTP/1.1\r\n" + HOST + b"\r\n") * 20)
+            await until(lambda: door_of(server).count == 1)
+            await until(lambda: not door_of(server).count)
+    assert not errors()
+
+
+async def test_a_page_holds_a_megabyte_of_turns_and_the_newest_in_any_case(server: Server) -> None:
+    await server.storage.create_session("s")
+    for number in range(60):
+        await server.storage.add_turn("s", NewTurn(f"{number}", "답" * 16_000, None, number))
+    url, read, before = f"{server.url}/api/sessions/s/conversations?limit=200", 0, 2**53
+    while read < 60:  # pages follow one another without a gap
+        async with server.http.get(f"{url}&before={before}") as response:
+            page = await response.read()
+        turns = json.loads(page)["conversations"]
+        assert len(page) < 1.1 * 1024 * 1024
+        assert [int(turn["user_message"]) for turn in turns] == list(range(60 - read - len(turns), 60 - read))
+        read, before = read + len(turns), turns[0]["id"]
 
 
 async def test_a_socket_has_no_such_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """One client that sends too much, or a model that never ends, costs nobody else anything; all is answered."""
 
+import asyncio
 import contextlib
 from pathlib import Path
 
@@ -54,6 +55,24 @@ async def test_a_flood_is_cut_at_its_sockets_budget(
         await other.silent()
     await until(lambda: not any(session.task for session in server.sessions))
     assert len(caplog.records) <= bemore_voice.FRAMES_AT_ONCE + 1
+
+
+async def test_coming_again_renews_no_budget(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that a socket was closed of lets the next one in after a while; its others stay as they are."""
+    monkeypatch.setattr(bemore_voice, "SHUT_SECONDS", 0.5)
+    loop = asyncio.get_running_loop()
+    async with server.connect() as other, server.connect("elsewhere"):
+        async with server.connect() as flooding:
+            await send_together(flooding, *[("", None)] * 100)
+            assert await flooding.closed() == aiohttp.WSCloseCode.POLICY_VIOLATION
+        closed = loop.time()
+        await other.silent()
+        async with server.connect("elsewhere") as elsewhere:
+            await elsewhere.silent()
+        async with server.connect() as again:
+            assert loop.time() - closed > 0.4
+            await again.ask()
+            assert kinds_of(await again.reply())[-1] == "complete"
 
 
 async def test_what_comes_in_one_packet_leaves_others_their_turn(

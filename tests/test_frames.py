@@ -11,8 +11,9 @@ from bemore_voice import (
     SENTENCES,
     ErrorCode,
     Failure,
+    Frame,
     Utterance,
-    chunk,
+    encode_chunk,
     parse_frame,
     parse_utterance,
     storable,
@@ -151,7 +152,9 @@ def test_any_text_becomes_one_that_utf8_can_hold(text: str) -> None:
     kept = storable(text)
     assert len(kept) == len(text)
     assert "\0" not in kept
-    assert json.loads(chunk(kept).encode().decode())["data"]["chunk"] == kept
+    encoded = encode_chunk(kept, 7)
+    assert encoded == Frame("ai_stream_chunk", {"chunk": kept}).encode(seq=7)
+    assert json.loads(encoded.decode())["data"]["chunk"] == kept
 
 
 LEAVES = st.none() | st.booleans() | st.floats() | st.integers() | st.text()

@@ -735,6 +735,24 @@ async def test_two_hundred_replies_at_once_have_two_hundred_streams(gemini: Gemi
     assert await asyncio.gather(*(read(model) for _ in range(200))) == [["가"]] * 200
 
 
+async def test_an_answer_that_never_says_a_word_is_given_up_before_it_takes_much(
+    gemini: GeminiStandIn, model: Gemini
+) -> None:
+    """Events without text, as fast as they go."""
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(event("") * 1000)
+
+    gemini.answers.append(endless)
+    texts, failure = await failure_of(model)
+    assert texts == []
+    assert "an answer of over 8 MiB" in failure.cause
+    await until(lambda: gemini.ended == 1)
+
+
 async def test_leaving_a_reply_closes_its_stream(gemini: GeminiStandIn, model: Gemini) -> None:
     gemini.answers.append(silent_after(event("가")))
     assert await leave_after(model, 1) == ["가"]
