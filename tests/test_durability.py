@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 import resource
 import sqlite3
 from collections.abc import AsyncIterator, Callable
@@ -13,8 +14,11 @@ from typing import Any
 import aiohttp
 import asyncpg
 import pytest
+from standin import GeminiStandIn
 from support import (
+    CANARY,
     FaultyStorage,
+    Program,
     ScriptedCounsellor,
     Wire,
     kinds_of,
@@ -393,3 +397,63 @@ async def test_health_tells_of_a_full_disk(tmp_path: Path) -> None:
         assert await health(url) == (503, "unavailable")
         resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert await health(url) == (200, "ok")
+
+
+# A process that is killed
+
+
+async def talk_until_killed(program: Program, session_id: str, said: list[str]) -> None:
+    """Ask one thing after another, and note what was told complete."""
+    with contextlib.suppress(aiohttp.ClientError, AssertionError):  # the end of the connection
+        async with program.connect(session_id) as client:
+            for number in range(1000):
+                message = f"{session_id}, {number}"
+                await client.ask(message)
+                if (await client.reply())[-1]["type"] == "ai_stream_complete":
+                    said.append(message)
+
+
+async def test_a_process_that_is_killed_has_lost_nothing_that_it_told_complete(
+    gemini: GeminiStandIn, tmp_path: Path
+) -> None:
+    """Fifty times, at any moment, on one file."""
+    values = {"GEMINI_API_KEY": "k", "GEMINI_BASE_URL": gemini.url, "STREAM_CHUNK_INTERVAL_MS": 0}
+    moment = random.Random(0)
+    told: list[str] = []
+    for life in range(50):
+        async with started(tmp_path, MAX_AI_REQUESTS_PER_MINUTE=6000, **values) as program:
+            begun: list[str] = []
+            talks = [asyncio.create_task(talk_until_killed(program, f"{life}-{number}", begun)) for number in range(4)]
+            await until(lambda begun=begun: begun)  # type: ignore[misc]
+            await asyncio.sleep(moment.uniform(0, 0.05))
+            program.process.kill()
+            await asyncio.gather(*talks)
+        told += begun
+    assert len(told) >= 50
+    with contextlib.closing(sqlite3.connect(tmp_path / "bemore.db")) as database:
+        stored = [row[0] for row in database.execute("SELECT user_message FROM conversations")]
+    assert set(told) <= set(stored)
+    assert len(stored) == len(set(stored))
+
+
+def held_in(folder: Path) -> bytes:
+    """What the database's files hold."""
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("bemore.db*")))
+
+
+async def test_what_was_erased_is_gone_from_the_file_of_a_process_that_is_killed(
+    gemini: GeminiStandIn, tmp_path: Path
+) -> None:
+    async with started(tmp_path, GEMINI_API_KEY="k", GEMINI_BASE_URL=gemini.url) as program:
+        async with program.connect() as client:
+            await client.ask(CANARY)
+            await client.reply()
+            assert CANARY.encode() in held_in(tmp_path)
+        async with aiohttp.ClientSession() as http:
+            async with http.delete(f"http://127.0.0.1:{program.port}/api/sessions/s") as response:
+                assert response.status == 204
+        program.process.kill()
+        await program.process.wait()
+    held = held_in(tmp_path)
+    assert held.startswith(b"SQLite format 3")
+    assert CANARY.encode() not in held
