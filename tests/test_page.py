@@ -16,8 +16,9 @@ from aiohttp import web
 from aiohttp.test_utils import unused_port
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from playwright.async_api import Browser, BrowserContext, Locator, Page, Route, async_playwright, expect
-from standin import GeminiStandIn
+from standin import Answer, GeminiStandIn, event
 from support import CANARY, ScriptedCounsellor, Server, Talk, hear, make_settings, serve, started
+from test_gemini import silent_after
 from tools import PATIENCE, until
 
 from bemore.demo import Demo
@@ -598,12 +599,13 @@ async def silence(_: web.Request) -> web.StreamResponse:
     raise AssertionError
 
 
-@pytest.mark.parametrize("kills", [1, 2])
+@pytest.mark.parametrize(("kills", "answer"), [(1, silence), (2, silence), (1, silent_after(event("반쯤 ")))])
 async def test_a_request_that_a_killed_server_lost_is_asked_again_once(
-    browser: Browser, tmp_path: Path, kills: int
+    browser: Browser, tmp_path: Path, kills: int, answer: Answer
 ) -> None:
+    """Before its first word, or in the middle of a reply, which begins anew then."""
     async with GeminiStandIn() as gemini, contextlib.AsyncExitStack() as stack:
-        gemini.answers.extend([silence] * kills)
+        gemini.answers.extend([answer] * kills)
         values = {"PORT": unused_port(), "GEMINI_API_KEY": "k", "GEMINI_BASE_URL": gemini.url}
         values["DATABASE_URL"] = f"sqlite:///{tmp_path}/a.db"
         program = await stack.enter_async_context(started(tmp_path, **values))
@@ -616,6 +618,8 @@ async def test_a_request_that_a_killed_server_lost_is_asked_again_once(
         await visit.write(CANARY)
         for kill in range(1, kills + 1):
             await until_asked(kill)
+            if answer is not silence:
+                await expect(visit["#reply .spoken"]).to_have_text("반쯤 ")
             program.process.kill()
             await program.process.wait()
             await expect(visit["#connection"]).to_have_attribute("data-state", "disconnected")
