@@ -11,6 +11,7 @@ from aiohttp import WSCloseCode, hdrs, web
 from aiohttp.http import HttpProcessingError, RawRequestMessage, WebSocketReader
 from aiohttp.streams import StreamReader
 from aiohttp.web_request import BaseRequest
+from multidict import CIMultiDict, CIMultiDictProxy
 
 MAX_HEADER_BYTES = 16 * 1024  # of a request, and of all that wait behind it; aiohttp's own limits add up to 1 MiB each
 PIECE_BYTES = 4 * 1024  # handed to the parser at a time, so that a header that is too long is not parsed first
@@ -80,6 +81,7 @@ class Connection(web.RequestHandler):
         "_body",
         "_door",
         "_header_bytes",
+        "_headers",
         "_moved",
         "_unread_before",
         "_until",
@@ -98,6 +100,7 @@ class Connection(web.RequestHandler):
         self._moved = 0.0  # when there were other than now
         self._answered = False  # the last request, and nothing has come since
         self._body: StreamReader | None = None  # of the request that came last
+        self._headers: CIMultiDict[str] = CIMultiDict()  # of the request that is answered
         self._header_bytes = 0  # of requests that have not come whole, or wait behind another
         self._watch: FrameWatch | None = None
 
@@ -128,8 +131,9 @@ class Connection(web.RequestHandler):
             self._unread_before, self._moved = unread, now
         return now > self._until or now - self._moved > self._door.stall_seconds
 
-    def begin(self) -> None:
+    def begin(self, headers: CIMultiDict[str]) -> None:
         """Note that a request's handler begins."""
+        self._headers = headers
         self._answered = False
         if not self._messages:
             self._header_bytes = 0
@@ -175,8 +179,10 @@ class Connection(web.RequestHandler):
         self._watch = FrameWatch(take, refuse)
 
     def set_parser(self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None) -> None:
-        """Turn to a WebSocket, whose time has no limit here."""
+        """Turn to a WebSocket, whose time has no limit here; its handshake's headers would be held as long as it is."""
         self._door.release(self)
+        self._headers.clear()
+        self._parser = None  # it holds them, too
         self._body = None
         if self._watch is not None:
             self._watch.parser, parser = parser, cast(WebSocketReader, self._watch)
@@ -287,10 +293,12 @@ class Door(web.Server):
     def _receive(
         self, message: RawRequestMessage, payload: StreamReader, protocol: web.RequestHandler, writer: Any, task: Any
     ) -> BaseRequest:
-        """Begin a request, without its subprotocols: none is spoken here, and aiohttp would log the tokens in them."""
-        cast(Connection, protocol).begin()
-        if hdrs.SEC_WEBSOCKET_PROTOCOL in message.headers:
-            headers = message.headers.copy()
-            headers.popall(hdrs.SEC_WEBSOCKET_PROTOCOL)
-            message = message._replace(headers=type(message.headers)(headers))
+        """Begin a request with headers that can be let go of.
+
+        Without its subprotocols: none is spoken here, and aiohttp would log the tokens in them.
+        """
+        headers = CIMultiDict(message.headers)
+        headers.popall(hdrs.SEC_WEBSOCKET_PROTOCOL, None)
+        cast(Connection, protocol).begin(headers)
+        message = message._replace(headers=CIMultiDictProxy(headers), raw_headers=())
         return self._make(message, payload, protocol, writer, task)
