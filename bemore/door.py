@@ -73,6 +73,18 @@ class FrameWatch:
         return None
 
 
+def with_own_headers(message: Any) -> Any:
+    """Return a request with headers that can be let go of, and no second copy of them, which the parser made.
+
+    Without its subprotocols: none is spoken here, and aiohttp would log the tokens in them.
+    """
+    if not isinstance(message, RawRequestMessage):
+        return message  # what is no HTTP
+    headers = CIMultiDict(message.headers)
+    headers.popall(hdrs.SEC_WEBSOCKET_PROTOCOL, None)
+    return message._replace(headers=cast("CIMultiDictProxy[str]", headers), raw_headers=())
+
+
 class Connection(web.RequestHandler):
     """One connection: its header, each of its requests and its answers have their time and their size."""
 
@@ -131,9 +143,9 @@ class Connection(web.RequestHandler):
             self._unread_before, self._moved = unread, now
         return now > self._until or now - self._moved > self._door.stall_seconds
 
-    def begin(self, headers: CIMultiDict[str]) -> None:
+    def begin(self, message: RawRequestMessage) -> None:
         """Note that a request's handler begins."""
-        self._headers = headers
+        self._headers = message.headers if isinstance(message.headers, CIMultiDict) else CIMultiDict()
         self._answered = False
         if not self._messages:
             self._header_bytes = 0
@@ -167,6 +179,9 @@ class Connection(web.RequestHandler):
         super().data_received(piece)
         if whole := self._request_count != requests:
             self._body = self._messages[-1][1]
+            for place in range(len(self._messages) - self._request_count + requests, len(self._messages)):
+                message, body = self._messages[place]
+                self._messages[place] = with_own_headers(message), body
         if self._header_bytes > MAX_HEADER_BYTES and not (whole and len(self._messages) == 1):
             self._header_bytes = 0
             if self._upgraded:
@@ -293,12 +308,5 @@ class Door(web.Server):
     def _receive(
         self, message: RawRequestMessage, payload: StreamReader, protocol: web.RequestHandler, writer: Any, task: Any
     ) -> BaseRequest:
-        """Begin a request with headers that can be let go of.
-
-        Without its subprotocols: none is spoken here, and aiohttp would log the tokens in them.
-        """
-        headers = CIMultiDict(message.headers)
-        headers.popall(hdrs.SEC_WEBSOCKET_PROTOCOL, None)
-        cast(Connection, protocol).begin(headers)
-        message = message._replace(headers=CIMultiDictProxy(headers), raw_headers=())
+        cast(Connection, protocol).begin(message)
         return self._make(message, payload, protocol, writer, task)
