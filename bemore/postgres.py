@@ -18,6 +18,7 @@ from bemore.storage import SCHEMA, NotPermitted, Storage, Unavailable, UnknownSe
 logger = logging.getLogger("bemore_voice")
 
 MIN_CONNECTIONS, MAX_CONNECTIONS = 5, 20
+GROW_SECONDS = 0.03  # that somebody waits before another connection is opened: it costs more than most statements
 IDLE_SECONDS = 60  # after which a connection beyond the fifth is closed
 CLOSE_SECONDS = 2  # for the connections of the pool to say goodbye
 
@@ -58,7 +59,7 @@ class Link:
 
 
 class Pool:
-    """Links that are lent for a statement each; more are opened one after another, while somebody waits.
+    """Links that are lent for a statement each; more are opened one after another, while somebody waits for long.
 
     Whoever waits takes the first that comes free, an old or a new one: asyncpg's own pool has each wait for one that is
     opened for it, and a burst for fifteen of them.
@@ -128,11 +129,19 @@ class Pool:
 
     def _grow(self) -> None:
         """Open another link where somebody waits for one, unless that is under way."""
-        wanted = any(not waiter.done() for waiter in self._waiting)
-        if wanted and self._opening is None and len(self._links) < MAX_CONNECTIONS:
+        if self._wanted and self._opening is None and len(self._links) < MAX_CONNECTIONS:
             self._opening = asyncio.create_task(self._open_one())
 
+    @property
+    def _wanted(self) -> bool:
+        return any(not waiter.done() for waiter in self._waiting)
+
     async def _open_one(self) -> None:
+        if self._links:
+            await asyncio.sleep(GROW_SECONDS)
+            if not self._wanted:
+                self._opening = None
+                return
         try:
             link = await self._connect()
         except FAULTS as error:
@@ -185,6 +194,7 @@ class Postgres(Storage):
         try:
             await self._pool.open()
             await self._apply_schema()
+            await self._prepare_links()
         except (*FAULTS, ValueError) as error:
             await self.__aexit__()
             raise Unavailable(type(error).__name__) from None
@@ -219,6 +229,11 @@ class Postgres(Storage):
             )
         finally:
             self._pool.give_back(link)
+
+    async def _prepare_links(self) -> None:
+        """Have each connection know the statements of a turn before many ask at once."""
+        with contextlib.suppress(Unavailable):  # a request will find the same, and say so
+            await asyncio.gather(*(self.ping() for _ in range(MIN_CONNECTIONS)))
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._given_up:
