@@ -80,6 +80,8 @@ MAX_REPLY_CHARACTERS = 16_000  # what a model says in ten minutes; the rest is n
 MAX_FRAME_BYTES = 64 * 1024  # 2,000 characters are 24,000 bytes even when each is a pair of \u escapes
 MAX_WAITING_FRAMES = 16  # of one session, behind the one being answered; a plea for help is taken all the same
 FRAMES_AT_ONCE, FRAMES_A_SECOND = 60, 10  # of one socket, control frames too; no frontend comes near it
+FRAME_BYTES = 1_500  # of what counts as one frame: 2,000 characters are judged for as long as many short frames
+LONG_CHARACTERS = 500  # of a frame; more than one of these is not judged at a time, whoever sends them
 SHUT_SECONDS = 1  # to new sockets of a session that one was closed of: a budget must not be renewed by coming again
 MAX_SOCKETS_PER_SESSION = 8  # tabs and devices that see the same conversation
 MAX_SESSION_ID_CHARACTERS = 255  # the column's width
@@ -92,9 +94,10 @@ DRAIN_SECONDS = 10  # for replies in progress on SIGTERM
 STORE_SECONDS = 5  # a turn is tried to be stored for so long
 PLEA_WAITS_SECONDS = 0.02  # for the row of the reply before it; an insert takes a tenth of that
 FRAME_GAP_SECONDS = 0.02  # between two frames of a reply: of those that come within one render React sees the last
-MAX_HELD_FRAMES = 256  # for their gap, of one socket; those of a reply that is sent again
+MAX_HELD_FRAMES = 2_000  # for their gap, of one socket: those of a long reply that is sent again
 CREATION_SECONDS = 1  # of a session in its first handshake; then its first request creates it
-SETTLE_SECONDS = 5  # between two tries to do what the database still owes
+SETTLE_SECONDS = 5  # between two tries to do what the database still owes,
+LAST_SETTLE_SECONDS = 0.2  # and while the process ends
 HEADER_SECONDS = 10  # for a request's header; phones on bad networks need two or three
 REQUEST_SECONDS = 60  # from a request's header until its answer is taken: the longest page on a slow line
 KEEPALIVE_SECONDS = 75  # between two requests; longer than a proxy keeps its own end open
@@ -104,7 +107,8 @@ MAX_BODY_BYTES = 16 * 1024  # no route needs one; some clients send an empty obj
 SAME_LINE_SECONDS = 60  # in which a stray exception is logged once
 DEFAULT_PAGE_TURNS = 50
 MAX_PAGE_TURNS = 200
-MAX_PAGE_BYTES = 1024 * 1024  # of turns; two hundred ordinary ones are a fifth of it
+MAX_PAGE_BYTES = 512 * 1024  # of turns; two hundred ordinary ones are half of it
+PAGES_AT_ONCE = 4  # read from the database: their rows may be much more than what is sent of them
 MAX_ID = 2**63 - 1
 
 # Frames
@@ -402,6 +406,7 @@ class Socket:
         # Without a limit of its own, aiohttp's send never waits for the peer: the watch below does that.
         self.ws = web.WebSocketResponse(
             autoping=False,  # pongs tell what the peer has
+            autoclose=False,  # one goodbye is enough
             heartbeat=HEARTBEAT_SECONDS,
             compress=False,
             max_msg_size=MAX_FRAME_BYTES + 1,  # aiohttp refuses a frame of exactly this size
@@ -452,13 +457,22 @@ class Socket:
             self._due = loop_time() + self._frame_gap
 
     def _say_held(self) -> None:
-        for frame, opcode, after_gap in self.drop():
-            self.say(frame, opcode, after_gap=after_gap)
-
-    def flush(self) -> None:
-        """Write what is held, without its gaps."""
-        for frame, opcode, _ in self.drop():
+        self._release = None
+        while self._held:
+            frame, opcode, after_gap = self._held[0]
+            if after_gap and loop_time() < self._due:
+                self._release = asyncio.get_running_loop().call_at(self._due, self._say_held)
+                return
+            del self._held[0]
             self.send(frame, opcode)
+            self._due = loop_time() + self._frame_gap
+
+    def flush(self, *, unless: int = 0) -> None:
+        """Write what is held without its gaps, unless it is so few frames: something comes that must not wait."""
+        if len(self._held) > unless:
+            for frame, opcode, _ in self.drop():
+                self.send(frame, opcode)
+            self._due = loop_time() + self._frame_gap
 
     def drop(self) -> list[tuple[bytes, WSMsgType, bool]]:
         """Return what is held, which is not written then."""
@@ -498,13 +512,17 @@ class Socket:
         if self._left is not None:
             self._left.set_result(None)
 
-    def take_frame(self, opcode: int, now: float) -> bool:
-        """Count a frame that the peer has sent; return False where it sends more than its budget holds."""
+    def take_frame(self, opcode: int, length: int, now: float) -> bool:
+        """Count a frame that the peer has sent; return False where it sends more than its budget holds.
+
+        A frame of `length` bytes counts for as many as it is long; the longest is two thirds of what a budget holds.
+        """
         if opcode == WSMsgType.PONG and self._pongs_due:
             self._pongs_due -= 1
             return True
         now_us, refill_us = int(now * 1_000_000), 1_000_000 // FRAMES_A_SECOND
-        self._budget_full_at_us = max(self._budget_full_at_us, now_us) + refill_us
+        counts = 1 + min(length, MAX_FRAME_BYTES) // FRAME_BYTES
+        self._budget_full_at_us = max(self._budget_full_at_us, now_us) + counts * refill_us
         return self._budget_full_at_us - now_us <= FRAMES_AT_ONCE * refill_us
 
     def refuse(self, code: WSCloseCode) -> None:
@@ -512,14 +530,13 @@ class Socket:
         if self.ws._reader is not None:
             self.ws._reader.feed_data(aiohttp.WSMessage(WSMsgType.ERROR, code, None), 0)
 
-    async def turn_away(self, code: WSCloseCode) -> None:
-        """Say what is held, and close for what the peer did; only the task that reads may."""
-        self.flush()
-        await self.ws.close(code=code, message=CLOSE_REASONS[code], drain=False)
-
     def cut(self) -> None:
         """Break the connection without a word."""
         self._transport.abort()
+
+    def hang_up(self) -> None:
+        """End the connection after all that was written; both have said goodbye."""
+        self._transport.close()
 
     def _start_watch(self) -> None:
         self._sent_since_check = 0
@@ -690,13 +707,13 @@ class Reply:
 
     def interrupt(self) -> None:
         """Stop listening to the counsellor, at once or as soon as that begins."""
-        if self.listening is not None and not self.interrupted:
+        if self.listening is not None and not self.listening.expired() and not self.interrupted:
             self.listening.reschedule(0)
         self.interrupted = True
 
     def hurry(self, patience: float) -> None:
         """Wait for the database no longer than so many seconds from now on."""
-        if self.keeping is not None and not self.hurried:
+        if self.keeping is not None and not self.keeping.expired() and not self.hurried:
             self.keeping.reschedule(loop_time() + patience)
             self.hurried = True
 
@@ -737,6 +754,8 @@ class Services:
     requests_per_minute: int
     gap_seconds: float  # the smallest between two chunks
     barge_in: bool
+    judging: asyncio.Lock = field(default_factory=asyncio.Lock)  # held for a long message, while others have their turn
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)  # the process ends
 
     @property
     def frame_gap_seconds(self) -> float:
@@ -860,17 +879,27 @@ class Session:
             self._forget(self)
 
     async def _settle(self) -> None:
-        """Do what is owed, now that nobody asks anything; where that fails, once more after a while."""
+        """Do what is owed, now that nobody asks anything; where that fails, again and again."""
         try:
-            with contextlib.suppress(StorageError):
-                await self._withdraw()
-                await self._mark_at_risk()
+            while self._owes and self.worker is None:
+                try:
+                    await self._withdraw()
+                    await self._mark_at_risk()
+                except StorageError:
+                    await self._pause()
         finally:
             self._settling = None
-            if self._owes:
+            if self._owes and self.worker is None:  # a mistake of ours
                 self._rest_timer = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._rest)
             else:
                 self._rest()
+
+    async def _pause(self) -> None:
+        """Wait until it is time for the next try."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await self._services.stopping.wait()
+                await asyncio.sleep(LAST_SETTLE_SECONDS)
 
     # Frames come in
 
@@ -893,6 +922,9 @@ class Session:
         return True
 
     def _enqueue(self, item: Reply | Refusal) -> None:
+        if is_plea(item):
+            for other in self.sockets:
+                other.flush()
         if self.worker is None:
             self._current = item
             self.worker = asyncio.create_task(self._work())
@@ -913,6 +945,8 @@ class Session:
         for item in self._waiting:
             if isinstance(item, Reply):
                 item.interrupt()
+        for socket in self.sockets:
+            socket.flush(unless=2)  # a cancel takes effect within 50 ms
         self.interrupt()
 
     def interrupt(self) -> None:
@@ -1080,7 +1114,10 @@ class Session:
         """Note in the database that the session is at risk, where it is; an unknown one has nothing to be noted of."""
         if self._unmarked:
             await self._exist()
-            await self._services.storage.mark_at_risk(self.id)
+            try:
+                await self._services.storage.mark_at_risk(self.id)
+            except NotPermitted as error:  # it will not be the next time either
+                logger.warning("session=%s is at risk, and has no mark: %s", anonymous(self.id), error.cause)
             self._at_risk_marked = True
 
     async def _listen(self, reply: Reply, prompt: Prompt, pace: Pace) -> None:
@@ -1186,7 +1223,6 @@ class Sessions:
 
     def __init__(self, services: Services) -> None:
         self.services = services
-        self.draining = False
         self._sessions: dict[str, Session] = {}
         self._erased: set[Session] = set()  # with sockets that are still open
         self._last_seq = 0  # of all that were forgotten: a clock that is set back does not take it along
@@ -1196,6 +1232,10 @@ class Sessions:
 
     def __iter__(self) -> Iterator[Session]:
         return iter([*self._sessions.values(), *self._erased])
+
+    @property
+    def draining(self) -> bool:
+        return self.services.stopping.is_set()
 
     def get(self, session_id: str) -> Session:
         """Return the session's object, a new one where it has had nothing to do."""
@@ -1228,7 +1268,7 @@ class Sessions:
 
     async def drain(self) -> None:
         """Let replies in progress end, for DRAIN_SECONDS at most, refuse what waits or comes, and close all sockets."""
-        self.draining = True
+        self.services.stopping.set()
         for session in self:
             session.refuse(SHUTTING_DOWN)
         await self._idle(DRAIN_SECONDS)
@@ -1254,6 +1294,7 @@ class Sessions:
 SETTINGS = web.AppKey("settings", Settings)
 SESSIONS = web.AppKey("sessions", Sessions)
 LOCAL = web.AppKey("local", bool)  # only this machine can connect
+PAGES = web.AppKey("pages", asyncio.Semaphore)
 NEW_SESSIONS = web.AppKey("new_sessions", access.AddressLimit)
 
 SPOKEN = (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG)  # by a peer that is there
@@ -1423,9 +1464,10 @@ async def read_conversations(request: web.Request) -> web.Response:
     session_id = check_access(request)
     limit = read_number(request, "limit", DEFAULT_PAGE_TURNS, MAX_PAGE_TURNS)
     before = read_number(request, "before", MAX_ID, MAX_ID)
-    turns = await request.app[SESSIONS].services.storage.conversations(session_id, limit, before)
-    body = {"session_id": session_id, "conversations": newest_that_fit(turns)}
-    return web.json_response(body, dumps=ENCODER.encode)
+    async with request.app[PAGES]:
+        turns = await request.app[SESSIONS].services.storage.conversations(session_id, limit, before)
+        body = {"session_id": session_id, "conversations": newest_that_fit(turns)}
+        return web.json_response(body, dumps=ENCODER.encode)
 
 
 def newest_that_fit(turns: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -1542,15 +1584,48 @@ async def read_socket(socket: Socket, session: Session, services: Services) -> b
         if socket.closing:
             continue
         session.hear(socket, message.data if message.type is WSMsgType.PONG else None)
-        if not take_message(message, socket, session, services.now_ms()):
-            session.shut()
-            await socket.turn_away(WSCloseCode.POLICY_VIOLATION)
+        is_long = message.type is WSMsgType.TEXT and len(message.data) > LONG_CHARACTERS
+        async with services.judging if is_long else contextlib.nullcontext():
+            taken = take_message(message, socket, session, services.now_ms())
+            await asyncio.sleep(0)  # what has arrived together is read one by one: others have their turn in between
+        if not taken:
+            await turn_away(WSCloseCode.POLICY_VIOLATION, socket, session, services)
             return False
-        await asyncio.sleep(0)  # what has arrived together is read one by one: others have their turn in between
-    if message.type is WSMsgType.ERROR and isinstance(message.data, WSCloseCode) and not socket.closing:
-        session.shut()
-        await socket.turn_away(message.data)
+    if socket.closing:
+        socket.hang_up()
+    elif message.type is WSMsgType.ERROR and isinstance(message.data, WSCloseCode):
+        await turn_away(message.data, socket, session, services)
+    elif message.type is WSMsgType.CLOSE:
+        await socket.ws.close(drain=False)
     return message.type is WSMsgType.CLOSE
+
+
+async def turn_away(code: WSCloseCode, socket: Socket, session: Session, services: Services) -> None:
+    """Close a socket for what its peer did, once the pleas for help among what has arrived are answered."""
+    session.shut()
+    pleas = False
+    with contextlib.suppress(TimeoutError):
+        while True:
+            async with asyncio.timeout(0):  # what has arrived is there at once
+                message = await socket.ws.receive()
+            if message.type is WSMsgType.TEXT:
+                pleas |= take_plea(message.data, socket, session, services.now_ms())
+            elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
+                break
+    if pleas and session.worker is not None:
+        await asyncio.wait([session.worker], timeout=CLOSE_SECONDS)
+    socket.flush()
+    await socket.ws.close(code=code, message=CLOSE_REASONS[code], drain=False)
+
+
+def take_plea(text: str, socket: Socket, session: Session, now_ms: int) -> bool:
+    """Take a plea for help, and nothing else; tell whether it was one."""
+    with contextlib.suppress(Failure):
+        kind, data = parse_frame(text)
+        if kind == "request_ai_response":
+            utterance = parse_utterance(data, now_ms)
+            return signal_in(utterance.message) is not None and session.submit(socket, utterance)
+    return False
 
 
 def take_message(message: aiohttp.WSMessage, socket: Socket, session: Session, now_ms: int) -> bool:
@@ -1602,12 +1677,13 @@ def create_app(
         counsellor,
         clock,
         requests_per_minute=settings.max_ai_requests_per_minute,
-        gap_seconds=settings.stream_chunk_interval_ms / 1000,
+        gap_seconds=max(FRAME_GAP_SECONDS, ms / 1000) if (ms := settings.stream_chunk_interval_ms) else 0,
         barge_in=settings.barge_in,
     )
     app = web.Application(middlewares=[answer_refusals], client_max_size=MAX_BODY_BYTES)
     app[SETTINGS] = settings
     app[SESSIONS] = Sessions(services)
+    app[PAGES] = asyncio.Semaphore(PAGES_AT_ONCE)
     app[LOCAL] = access.is_loopback(settings.host)
     app[NEW_SESSIONS] = access.AddressLimit(settings.max_new_sessions_per_minute, monotonic)
     app.cleanup_ctx.append(open_services)

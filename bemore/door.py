@@ -16,6 +16,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 MAX_HEADER_BYTES = 16 * 1024  # of a request, and of all that wait behind it; aiohttp's own limits add up to 1 MiB each
 PIECE_BYTES = 4 * 1024  # handed to the parser at a time, so that a header that is too long is not parsed first
 SPARE_CONNECTIONS = 64  # beyond the most: they are told so, and close
+READ_ON_BYTES = 4 * 1024  # of a WebSocket after a frame was refused
 SWEEP_SECONDS = 1  # between two looks at all connections whose time is limited
 
 Handler = Callable[[BaseRequest], Any]
@@ -28,25 +29,35 @@ class FrameWatch:
     without a mask is refused, as RFC 6455 (5.1) asks for and the parser does not.
     """
 
-    __slots__ = ("_head", "_left", "_refuse", "_refused", "_take", "parser")
+    __slots__ = ("_head", "_left", "_pause", "_read_on", "_refuse", "_refused", "_take", "parser")
 
-    def __init__(self, take: Callable[[int, float], bool], refuse: Callable[[WSCloseCode], None]) -> None:
+    def __init__(
+        self, take: Callable[[int, int, float], bool], refuse: Callable[[WSCloseCode], None], pause: Callable[[], None]
+    ) -> None:
         self.parser: WebSocketReader | None = None
         self._take = take
         self._refuse = refuse
+        self._pause = pause
         self._refused = False
+        self._read_on = READ_ON_BYTES
         self._head = b""  # the beginning of a frame's header, which the parser has already
         self._left = 0  # bytes of a frame's payload that are still to come
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         """Pass data on; where a frame in it is refused, `refuse` is called between what came before it and the rest."""
         assert self.parser is not None
-        if not self._refused and (fault := self._scan(data)) is not None:
+        if self._refused:
+            self._read_on -= len(data)
+            if self._read_on < 0:
+                self._pause()
+                return False, b""
+        elif (fault := self._scan(data)) is not None:
             code, sound = fault
-            self._refused = True  # what follows is read for the peer's own close frame alone
+            self._refused = True
             self.parser.feed_data(data[:sound])
             self._refuse(code)
-            data = data[sound:]
+            # Of what follows so much is read, for a plea for help or the peer's own close frame, and no more.
+            data = data[sound : sound + READ_ON_BYTES]
         return self.parser.feed_data(data)
 
     def feed_eof(self) -> None:
@@ -65,9 +76,11 @@ class FrameWatch:
                 return WSCloseCode.PROTOCOL_ERROR, max(0, at - passed)
             if end > len(data):
                 break
-            if not self._take(data[at] & 0x0F, asyncio.get_running_loop().time()):
+            if extended:
+                length = int.from_bytes(data[at + 2 : end - 4], "big")
+            if not self._take(data[at] & 0x0F, length, asyncio.get_running_loop().time()):
                 return WSCloseCode.POLICY_VIOLATION, max(0, at - passed)
-            at = end + (int.from_bytes(data[at + 2 : end - 4], "big") if extended else length)
+            at = end + length
         self._head = bytes(data[at:])
         self._left = max(0, at - len(data))
         return None
@@ -82,6 +95,8 @@ def with_own_headers(message: Any) -> Any:
         return message  # what is no HTTP
     headers = CIMultiDict(message.headers)
     headers.popall(hdrs.SEC_WEBSOCKET_PROTOCOL, None)
+    if not headers.get(hdrs.EXPECT, "").isascii():
+        headers[hdrs.EXPECT] = "unknown"  # aiohttp would fail at quoting it
     return message._replace(headers=cast("CIMultiDictProxy[str]", headers), raw_headers=())
 
 
@@ -189,9 +204,13 @@ class Connection(web.RequestHandler):
             else:
                 super().data_received(b"\0")  # which no header may hold: it is answered as any other bad one
 
-    def watch_frames(self, take: Callable[[int, float], bool], refuse: Callable[[WSCloseCode], None]) -> None:
-        """Have `take` count each frame of the WebSocket to come, by opcode and time; `refuse` gets a close code."""
-        self._watch = FrameWatch(take, refuse)
+    def watch_frames(self, take: Callable[[int, int, float], bool], refuse: Callable[[WSCloseCode], None]) -> None:
+        """Have `take` count each frame of the WebSocket by opcode, bytes and time; `refuse` gets a close code."""
+        self._watch = FrameWatch(take, refuse, self._stop_reading)
+
+    def _stop_reading(self) -> None:
+        if self._wire is not None:
+            self._wire.pause_reading()
 
     def set_parser(self, parser: WebSocketReader, data_received_cb: Callable[[], None] | None = None) -> None:
         """Turn to a WebSocket, whose time has no limit here; its handshake's headers would be held as long as it is."""
@@ -235,6 +254,8 @@ class Connection(web.RequestHandler):
             return await super().finish_response(request, resp, start_time)
         finally:
             self._answered = True
+            if isinstance(resp, web.Response):
+                resp.body = None  # sent; aiohttp would hold it as long as the connection is kept
             if self._wire is not None and self._payload_parser is not None:  # a WebSocket that has ended
                 self._allow(self._door.header_seconds)
                 self._door.limit(self)

@@ -23,7 +23,8 @@ from bemore.counsellor import Blocked, Counsellor, Failed, MarkerFilter, Notice,
 logger = logging.getLogger("bemore_voice")
 
 MAX_LINE_BYTES = 1024 * 1024  # of the event stream: thought signatures make long lines
-MAX_ANSWER_BYTES = 8 * 1024 * 1024  # of one answer, thoughts and all that nobody hears among it
+MAX_SILENT_BYTES = 2 * 1024 * 1024  # of one answer without any text that is heard
+PIECE_BYTES = 16 * 1024  # of an answer that is read at a time: others have their turn in between
 ATTEMPTS = 3  # at the first text, of the first model; the fallback is asked once
 KEEPALIVE_SECONDS = 120  # people think between two turns; a new TLS connection costs 100 to 300 ms
 TAIL_SECONDS = 0.5  # from the finish reason to the end of the body, so that the connection can be kept
@@ -344,8 +345,13 @@ class Gemini(Counsellor):
                 answer, block = Answer(spoke=bool(said)), b"more"
                 while block and not answer.over:
                     block = await response.content.readany()
-                    if text := answer.feed(block) if block else answer.end():
-                        hear(text)
+                    for at in range(0, len(block), PIECE_BYTES):
+                        if at:
+                            await asyncio.sleep(0)
+                        if text := answer.feed(block[at : at + PIECE_BYTES]):
+                            hear(text)
+                if text := answer.end():
+                    hear(text)
                 answer.check()
                 if client is self._kept:
                     await self._read_tail(response)
@@ -394,7 +400,7 @@ class Answer:
     """
 
     def __init__(self, *, spoke: bool = False) -> None:
-        self._read = 0  # bytes
+        self._silent = 0  # bytes, since there was text
         self._line = b""  # the beginning of one whose end has not come yet
         self._spoke = spoke  # it may be the rest of an answer, and nothing be left
         self._finish = ""
@@ -407,10 +413,10 @@ class Answer:
     def feed(self, block: bytes) -> str:
         """Return the text of all events that end in a block: what came together goes on together."""
         texts = []
-        self._read += len(block)
+        self._silent += len(block)
         *ended, self._line = (self._line + block).split(b"\n")
         try:
-            check_length(self._read, MAX_ANSWER_BYTES, "an answer")
+            check_length(self._silent, MAX_SILENT_BYTES, "silence")
             for line in ended:
                 check_length(len(line), MAX_LINE_BYTES, "a line")
                 if line.startswith(b"data:") and not self._finish:
@@ -419,8 +425,8 @@ class Answer:
             check_length(len(self._line), MAX_LINE_BYTES, "a line")
         except Failed as failure:
             self._failure = failure
-        text = "".join(texts)
-        self._spoke = self._spoke or bool(text)
+        if text := "".join(texts):
+            self._spoke, self._silent = True, 0
         return text
 
     def end(self) -> str:

@@ -20,11 +20,14 @@ logger = logging.getLogger("bemore_voice")
 MIN_CONNECTIONS, MAX_CONNECTIONS = 5, 20
 GROW_SECONDS = 0.03  # that somebody waits before another connection is opened: it costs more than most statements
 IDLE_SECONDS = 60  # after which a connection beyond the fifth is closed
+DOUBT_SECONDS = 30  # of idleness, after which a connection may have been dropped on the way, and nobody told us
+PROBE_SECONDS = 0.5  # for a connection in doubt to answer
+CANCELS = 10  # of one statement, where the server sets it no time limit
 CLOSE_SECONDS = 2  # for the connections of the pool to say goodbye
 
 # Any constant will do: replicas that start together on an empty database take turns by it.
 SCHEMA_LOCK = 0x62656D6F7265
-FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 # What a prepared statement meets where a pooler in transaction mode runs it on another server connection than the one
 # that it was prepared on. Nothing has been done by then: the server refuses it before it begins.
 NOT_KEPT = (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
@@ -35,13 +38,31 @@ class Link:
 
     def __init__(self, connection: asyncpg.Connection) -> None:
         self.connection = connection
-        self.idle_since = 0.0
+        self.idle_since = asyncio.get_running_loop().time()
         self.outdated = False  # what was prepared, since somebody has changed a table
         self._statements: dict[str, Any] = {}
 
     @property
     def open(self) -> bool:
         return not self.connection.is_closed()
+
+    @property
+    def doubtful(self) -> bool:
+        return asyncio.get_running_loop().time() - self.idle_since > DOUBT_SECONDS
+
+    async def answers(self, seconds: float, *, cancels: int = 0) -> bool:
+        """Tell whether a probe is answered in time; what is under way may be cancelled, and the probe waits again."""
+        probe = asyncio.ensure_future(self.fetch("SELECT 1", ()))
+        try:
+            for left in range(cancels, -1, -1):
+                await asyncio.wait([probe], timeout=seconds)
+                if probe.done() or not left:
+                    break
+                # A pooler may have passed the statement on only after it was told to cancel it.
+                self.connection._cancel_current_command(asyncio.get_running_loop().create_future())  # type: ignore[attr-defined]
+        finally:
+            probe.cancel()
+        return probe.done() and not probe.cancelled() and probe.exception() is None
 
     async def fetch(self, sql: str, values: Sequence[object]) -> Sequence[Any]:
         rows: Sequence[Any] = await self.connection.fetch(sql, *values)
@@ -110,6 +131,12 @@ class Pool:
                 self.give_back(waiter.result())
             raise
 
+    def drop(self, link: Link) -> None:
+        """Close a link that does not answer, and those that have been idle in doubt as it was."""
+        for other in [link, *(other for other in self._free if other.doubtful)]:
+            other.connection.terminate()
+        self.give_back(link)
+
     def give_back(self, link: Link) -> None:
         if not link.open:
             self._links.discard(link)
@@ -145,10 +172,10 @@ class Pool:
         try:
             link = await self._connect()
         except FAULTS as error:
-            self._opening = None
             self._fail(error)
             return
-        self._opening = None
+        finally:
+            self._opening = None
         self._links.add(link)
         self.give_back(link)
         self._grow()
@@ -243,13 +270,26 @@ class Postgres(Storage):
     async def fetch(self, sql: str, *values: object) -> Sequence[Any]:
         try:
             async with asyncio.timeout(self._timeout):
-                return await self._run(await self._pool.take(), sql, values)
+                return await self._run(await self._take(), sql, values)
         except asyncpg.ForeignKeyViolationError:
             raise UnknownSession from None
         except (asyncpg.InsufficientPrivilegeError, asyncpg.NotNullViolationError) as error:
             raise NotPermitted(f"database: {type(error).__name__}") from None
         except FAULTS as error:
             raise Unavailable(f"database: {type(error).__name__}") from None
+
+    async def _take(self) -> Link:
+        """Return a link that is there: a balancer or a NAT may have dropped idle ones without a word."""
+        while (link := await self._pool.take()).doubtful:
+            alive = False
+            try:
+                alive = await link.answers(PROBE_SECONDS)
+            finally:
+                if not alive:
+                    self._pool.drop(link)
+            if alive:
+                break
+        return link
 
     async def _run(self, link: Link, sql: str, values: Sequence[object]) -> Sequence[Any]:
         """Run a statement, and give the link back once it is over at the server too."""
@@ -283,13 +323,17 @@ class Postgres(Storage):
         settling.add_done_callback(self._given_up.discard)
 
     async def _settle(self, link: Link) -> None:
-        """Wait for what was given up, which asyncpg cancels; by its time limit the server has ended it by itself."""
+        """Wait for what was given up, which asyncpg cancels; by its time limit the server has ended it by itself.
+
+        Behind a pooler that keeps the limit away it would wait on at the server: the link is let go when it ends.
+        """
+        over = False
         try:
-            async with asyncio.timeout(self._timeout):
-                await link.fetch("SELECT 1", ())
-        except FAULTS:
-            link.connection.terminate()
-        self._pool.give_back(link)
+            over = await link.answers(self._timeout, cancels=0 if self._limits else CANCELS)
+        finally:
+            if not over:
+                link.connection.terminate()
+            self._pool.give_back(link)
 
     async def settled(self) -> None:
         if self._given_up:

@@ -26,6 +26,7 @@ logger = logging.getLogger("bemore_voice")
 
 SCHEMA = Path(__file__).parent.parent / "schema.sql"
 HISTORY_TURNS = 10
+CLOCK_SKEW_US = 10_000_000  # between replicas; a bucket that is full later than that allows was left by a clock
 EMPTYING_SECONDS = 1  # between two tries to empty SQLite's log that another program reads
 
 # Errors
@@ -184,9 +185,10 @@ class Storage(ABC):
         if not (rows := await self.fetch(FULL_AT, session_id)):
             raise UnknownSession
         full_at = int(rows[0][0])
-        if full_at > latest:
-            await self.fetch(EMPTY_BUCKET, session_id, latest)
-        return min(full_at, latest)
+        if full_at <= latest + CLOCK_SKEW_US:
+            return full_at
+        await self.fetch(EMPTY_BUCKET, session_id, latest)
+        return latest
 
     async def mark_at_risk(self, session_id: str) -> None:
         """Note, for as long as the session lasts, that it holds a sign of danger."""
@@ -234,6 +236,8 @@ SCHEMA_SPELLINGS = {
     "DEFAULT now()": "DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))",
 }
 STATEMENT_SPELLINGS = {"json_agg": "json_group_array", "json_build_array": "json_array"}
+# After which the file is opened again: it may have been replaced or mended in place.
+OPENED_AGAIN = ("SQLITE_READONLY", "SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_CANTOPEN", "SQLITE_IOERR")
 ADD_COLUMN = re.compile(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+) (.*)")
 
 
@@ -331,7 +335,7 @@ class SQLite(Storage):
         self._waiting: list[Job] = []
         self._worker: asyncio.Task[None] | None = None
         self._emptying: asyncio.Task[None] | None = None
-        self._file: tuple[int, int] | None = None  # what was opened, where it is a file
+        self._files: tuple[int, ...] | None = None  # what was opened; none where it is to be opened again
         self._probes = 0
         self.where = f"SQLite {self._path}"
 
@@ -340,7 +344,6 @@ class SQLite(Storage):
             if self._path != ":memory:":
                 with contextlib.suppress(OSError):  # it is there, or SQLite says below what is wrong
                     os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))  # for this user's eyes only
-            sqlite3.connect(self._path).close()  # where it cannot be opened, aiosqlite's thread outlives the loop
             await self._open()
         except sqlite3.Error as error:
             await self.__aexit__()
@@ -348,14 +351,20 @@ class SQLite(Storage):
         return self
 
     async def _open(self) -> None:
+        """Open the file, whole or not at all: without foreign keys nothing is erased with its session."""
+        sqlite3.connect(self._path).close()  # where it cannot be opened, aiosqlite's thread outlives the loop
         thread = Thread(lambda: sqlite3.connect(self._path, timeout=self._timeout, isolation_level=None), 64)
         await thread
-        self._thread, self._file = thread, self._file_in_place()
-        await thread.executescript(
-            "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;"
-            "PRAGMA synchronous = NORMAL"  # a commit outlives this process at once, and the machine a moment later
-        )
-        await thread.run(apply_schema, SCHEMA.read_text(encoding="utf-8"))
+        try:
+            await thread.executescript(
+                "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;"
+                "PRAGMA synchronous = NORMAL"  # a commit outlives this process at once, and the machine a moment later
+            )
+            await thread.run(apply_schema, SCHEMA.read_text(encoding="utf-8"))
+        except sqlite3.Error:
+            await thread.close()
+            raise
+        self._thread, self._files = thread, self._files_in_place()
         await self._empty_log()  # a process that was killed may have left there what it erased
 
     async def __aexit__(self, *_: object) -> None:
@@ -380,7 +389,8 @@ class SQLite(Storage):
 
     async def _empty_log(self) -> bool:
         """Move the write-ahead log into the file and cut it to nothing; return False while another program reads it."""
-        assert self._thread is not None
+        if self._thread is None:  # it is about to be opened again, which empties it
+            return False
         with contextlib.suppress(sqlite3.Error):  # the size tells
             # In one script, so that no statement of anybody's waits for a reader, and none has this short patience.
             await self._thread.executescript("PRAGMA busy_timeout = 50; PRAGMA wal_checkpoint(TRUNCATE);")
@@ -420,39 +430,47 @@ class SQLite(Storage):
 
     async def _work(self) -> None:
         """Hand over what waits, all at once, until nothing does."""
-        while self._waiting:
-            jobs, self._waiting = self._waiting, []
-            await self._run(jobs)
-            again = [job for job in jobs if job.may_run_again]
-            self._waiting = again + self._waiting
-            for job in jobs:
-                if job not in again:
-                    job.finish()
-        self._worker = None
+        try:
+            while self._waiting:
+                jobs, self._waiting = self._waiting, []
+                await self._run(jobs)
+                again = [job for job in jobs if job.may_run_again]
+                self._waiting = again + self._waiting
+                for job in jobs:
+                    if job not in again:
+                        job.finish()
+        finally:
+            self._worker = None
 
     async def _run(self, jobs: Sequence[Job]) -> None:
         try:
-            if self._thread is None or self._file_in_place() != self._file:
+            if self._files is None or self._files_in_place() != self._files:
                 await self._open_again()
             assert self._thread is not None
             await self._thread.run(run_together, jobs)
         except (sqlite3.Error, StorageError) as error:
             for job in jobs:
                 job.error = error
+        if any(getattr(job.error, "sqlite_errorname", "").startswith(OPENED_AGAIN) for job in jobs):
+            self._files = None
 
-    def _file_in_place(self) -> tuple[int, int] | None:
-        """Return which file has this one's name now; without one what is written would be lost with the process."""
+    def _files_in_place(self) -> tuple[int, ...]:
+        """Return which files have this one's and its log's names now: in others what is written would be lost."""
         try:
-            found = os.stat(self._path)
-        except FileNotFoundError:
-            return None
-        return found.st_dev, found.st_ino
+            found = [os.stat(path) for path in (self._path, f"{self._path}-wal")]
+        except OSError:
+            return ()  # a database in memory has none
+        return tuple(number for file in found for number in (file.st_dev, file.st_ino))
 
     async def _open_again(self) -> None:
         """Turn to the file that has taken the place of the one that was opened; raise Unavailable where none has."""
-        if self._file_in_place() is None:
+        if not self._is_there():
             raise Unavailable("database: its file is gone")
+        self._files = None
         if self._thread is not None:
-            await self._thread.close()
-            self._thread = None
+            thread, self._thread = self._thread, None
+            await thread.close()
         await self._open()
+
+    def _is_there(self) -> bool:
+        return self._path == ":memory:" or os.path.exists(self._path)

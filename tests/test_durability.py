@@ -31,7 +31,7 @@ from tools import PATIENCE, open_storage, until
 
 import bemore_voice
 from bemore.postgres import MAX_CONNECTIONS, MIN_CONNECTIONS, Postgres
-from bemore.storage import ADD_TURN, NewTurn, NoToken, Unavailable
+from bemore.storage import ADD_TURN, NewTurn, NoToken, Storage, Unavailable
 
 NOW = 1_800_000_000_000_000
 Lock = Callable[[], AbstractAsyncContextManager[None]]
@@ -252,7 +252,7 @@ async def prepared_names(storage: Postgres) -> list[str]:
     return [row["name"] for row in rows]
 
 
-async def talk_in_turns(storage: Postgres, session_id: str, number: int) -> None:
+async def talk_in_turns(storage: Storage, session_id: str, number: int) -> None:
     await storage.create_session(session_id)
     for turn in range(number):
         await storage.admit(session_id, NOW, 6000)
@@ -457,3 +457,204 @@ async def test_what_was_erased_is_gone_from_the_file_of_a_process_that_is_killed
     held = held_in(tmp_path)
     assert held.startswith(b"SQLite format 3")
     assert CANARY.encode() not in held
+
+
+# Files that are replaced, mended or taken away
+
+
+async def test_a_file_that_could_not_be_opened_whole_is_not_used(tmp_path: Path) -> None:
+    """Its replacement is locked at first: without foreign keys, an erasure would leave all that was said."""
+    path = tmp_path / "a.db"
+    async with open_storage(f"sqlite:///{path}", 0.3) as storage:
+        await talk_in_turns(storage, "s", 3)
+        other = sqlite3.connect(tmp_path / "b.db", isolation_level=None)  # in rollback mode, as a restored backup
+        other.executescript("CREATE TABLE something (a); BEGIN EXCLUSIVE; INSERT INTO something VALUES (1)")
+        for name in ("a.db", "a.db-wal", "a.db-shm"):
+            os.unlink(tmp_path / name)
+        os.rename(tmp_path / "b.db", path)
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await storage.ping()
+        other.execute("ROLLBACK")
+        other.close()
+        await talk_in_turns(storage, "s", 3)
+        assert (await storage.fetch("PRAGMA foreign_keys"))[0][0] == 1
+        await storage.delete_session("s")
+        assert not list(await storage.fetch("SELECT * FROM conversations"))
+
+
+async def test_a_log_that_is_taken_away_costs_no_turn_that_is_told_after_it(tmp_path: Path) -> None:
+    async with open_storage(f"sqlite:///{tmp_path}/a.db") as storage:
+        await talk_in_turns(storage, "s", 3)
+        for name in ("a.db-wal", "a.db-shm"):
+            os.unlink(tmp_path / name)
+        await storage.add_turn("s", NewTurn("다음", "답", None, 3))
+        copies = [(name, (tmp_path / name).read_bytes()) for name in ("a.db", "a.db-wal")]
+    (tmp_path / "killed").mkdir()
+    for name, held in copies:  # as a process that is killed leaves them
+        (tmp_path / "killed" / name).write_bytes(held)
+    with contextlib.closing(sqlite3.connect(tmp_path / "killed" / "a.db")) as database:
+        assert ("다음",) in database.execute("SELECT user_message FROM conversations").fetchall()
+
+
+async def test_a_file_that_was_damaged_is_well_again_once_it_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    async with open_storage(f"sqlite:///{path}", 0.5) as storage:
+        await talk_in_turns(storage, "s", 3)
+    sound = path.read_bytes()
+    async with open_storage(f"sqlite:///{path}", 0.5) as storage:
+        path.write_bytes(sound[:100] + b"\xff" * (len(sound) - 100))
+        with pytest.raises(Unavailable):
+            await storage.conversations("s", 10, 2**53)
+        path.write_bytes(sound)
+        await until_well(storage)
+        await talk_in_turns(storage, "s", 1)
+
+
+async def until_well(storage: Storage) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            with contextlib.suppress(Unavailable):
+                await storage.ping()
+                return
+
+
+async def test_a_folder_that_cannot_be_looked_into_for_a_while_stops_nothing_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_storage(f"sqlite:///{tmp_path}/a.db", 0.3) as storage:
+        await talk_in_turns(storage, "s", 1)
+        stat = os.stat
+
+        def refuse(path: Any, **options: Any) -> os.stat_result:
+            if str(path).startswith(str(tmp_path)):
+                raise PermissionError
+            return stat(path, **options)
+
+        monkeypatch.setattr("os.stat", refuse)
+        with pytest.raises(Unavailable):
+            await storage.ping()
+        monkeypatch.undo()
+        await storage.ping()
+
+
+# Connections that are not what they seem
+
+
+async def test_connections_that_were_dropped_without_a_word_cost_a_person_no_answer(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a balancer or a NAT, while nobody asked anything; new ones are let through."""
+    monkeypatch.setattr("bemore.postgres.DOUBT_SECONDS", 0.2)
+    folder = postgres_url.partition("host=")[2]
+
+    async def target() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
+
+    async with Wire(target) as wire, Postgres(f"postgresql://postgres@127.0.0.1:{wire.port}/postgres", 5) as storage:
+        await talk_in_turns(storage, "s", 1)
+        await asyncio.sleep(0.3)  # nobody asks
+        wire.strand()
+        await talk_in_turns(storage, "s", 2)
+        assert len(await storage.conversations("s", 10, 2**53)) == 3
+
+
+async def test_a_backend_that_is_terminated_is_a_fault_like_any_other(postgres_url: str) -> None:
+    watching = await asyncpg.connect(postgres_url)
+    async with Postgres(postgres_url, 5) as storage:
+        await storage.create_session("s")
+        for number in range(40):
+            await watching.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() AND datname = current_database()"
+            )
+            turn = NewTurn(f"{number}", "답", None, number)
+            async with asyncio.timeout(PATIENCE):
+                while True:
+                    with contextlib.suppress(Unavailable):  # and nothing else
+                        await storage.add_turn("s", turn)
+                        break
+        said = await storage.conversations("s", 200, 2**53)
+        assert [turn["user_message"] for turn in said] == [f"{number}" for number in range(40)]
+    await watching.close()
+
+
+async def test_a_lock_behind_a_pooler_leaves_no_backend_waiting(pgbouncer: str, postgres_url: str) -> None:
+    """It keeps statement_timeout away, and passes on what was given up while it waited in its queue."""
+    locker = await asyncpg.connect(postgres_url)
+    async with Postgres(pgbouncer, 0.3) as storage:
+        await storage.create_session("s")
+        before = await backends(postgres_url)
+        async with locker.transaction():
+            await locker.execute("LOCK TABLE token_buckets")
+            for _ in range(5):
+                results = await asyncio.gather(
+                    *(storage.admit("s", NOW, 6000) for _ in range(40)), return_exceptions=True
+                )
+                assert all(isinstance(result, Unavailable) for result in results)
+                assert await backends(postgres_url) <= before + 3  # the pooler's own limit
+        await until_well(storage)
+        await storage.admit("s", NOW, 6000)
+    await none_waits(postgres_url)
+    await locker.close()
+
+
+# What is owed when the process ends
+
+
+async def test_a_mark_that_is_owed_is_set_before_the_process_ends(
+    counsellor: ScriptedCounsellor, engine_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database was away when somebody in danger spoke, and is back before the next try was due."""
+    monkeypatch.setattr(bemore_voice, "STORE_SECONDS", 0.2)
+    settings = make_settings(engine_url, AUTO_CREATE_SESSIONS=1)
+    storage = FaultyStorage(bemore_voice.make_storage(settings))
+    async with serve(settings, counsellor, storage) as server, server.connect() as client:
+        await client.silent()
+        storage.fail()
+        await client.ask("죽고 싶어요")
+        assert kinds_of(await client.reply())[-1] == "complete"
+        ending = asyncio.create_task(server.runner.cleanup())
+        await until(lambda: server.sessions.draining)
+        storage.heal()
+        await ending
+    async with open_storage(engine_url) as opened:
+        assert (await opened.admit("가", NOW, 10)).at_risk
+
+
+async def test_a_turn_that_failed_is_withdrawn_before_the_process_ends(
+    counsellor: ScriptedCounsellor, engine_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bemore_voice, "STORE_SECONDS", 0.3)
+    settings = make_settings(engine_url, AUTO_CREATE_SESSIONS=1)
+    storage = Mute(bemore_voice.make_storage(settings))
+    async with serve(settings, counsellor, storage) as server, server.connect() as client:
+        await client.silent()
+        talk = counsellor.expect()
+        await client.ask("하나")
+        await talk.asked.wait()
+
+        async def away(sql: str) -> None:
+            if sql != ADD_TURN:
+                raise Unavailable("database: test")
+
+        storage.wait = away
+        talk.say("가").end()
+        assert kinds_of(await client.reply())[-1] == "error"
+        storage.wait = None
+        await server.runner.cleanup()
+    async with open_storage(engine_url) as opened:
+        assert not await opened.conversations("가", 10, 2**53)
+
+
+async def test_a_clock_that_goes_behind_anothers_fills_no_bucket(database_url: str) -> None:
+    """Of two replicas whose clocks are nine seconds apart, neither gives the other a token."""
+    async with open_storage(database_url) as storage:
+        await storage.create_session("s")
+        taken = 0
+        for quarter in range(4 * 60):
+            now = NOW + quarter * 250_000
+            with contextlib.suppress(NoToken):
+                await storage.admit("s", now - 9_000_000 * (quarter % 2), 10)
+                taken += 1
+        assert taken <= 20

@@ -9,10 +9,10 @@ import pytest
 from aiohttp import web
 from standin import GeminiStandIn, event
 from support import ScriptedCounsellor, Server, kinds_of, make_settings, send_together, serve, text_of
-from tools import until
+from tools import PATIENCE, until
 
 import bemore_voice
-from bemore.care import signal_in
+from bemore.care import FIRST, Signal, signal_in
 from bemore_voice import make_counsellor
 
 REQUEST = ("request_ai_response", {"message": "안녕하세요"})
@@ -86,12 +86,87 @@ async def test_what_comes_in_one_packet_leaves_others_their_turn(
         return signal_in(message)
 
     monkeypatch.setattr(bemore_voice, "signal_in", count)
-    async with server.connect("flooding") as flooding, server.connect("other") as other:
-        await send_together(flooding, *[LONG, CANCEL] * 29)
+    async with contextlib.AsyncExitStack() as stack:
+        flooding = [await stack.enter_async_context(server.connect(str(number))) for number in range(5)]
+        other = await stack.enter_async_context(server.connect("other"))
+        for client in flooding:
+            await send_together(client, *[LONG, CANCEL] * 5)
         await until(lambda: read)
         await other.silent()
-        assert len(read) < 29
-        await until(lambda: len(read) == 29)
+        assert len(read) < 20
+        await until(lambda: len(read) == 25)
+
+
+async def test_long_messages_count_for_more(server: Server) -> None:
+    async with server.connect() as client:
+        await send_together(client, *[LONG] * 13)
+        assert await client.closed() == aiohttp.WSCloseCode.POLICY_VIOLATION
+
+
+PLEA = ("request_ai_response", {"message": "죽고 싶어요"})
+
+
+@pytest.mark.parametrize(
+    "before", [[REQUEST] * 30, [("ping", None)] * 60, [("", None)] * 70], ids=["requests", "pings", "bad frames"]
+)
+async def test_a_plea_behind_a_flood_in_one_packet_is_answered_before_the_goodbye(
+    server: Server, counsellor: ScriptedCounsellor, before: list[tuple[str, object]]
+) -> None:
+    talk = counsellor.expect()
+    async with server.connect() as client:
+        await client.ask("하나")
+        await talk.asked.wait()
+        await send_together(client, *before, PLEA, PLEA, REQUEST)
+        shown = ""
+        while not client.ws.closed:
+            message = await client.ws.receive(timeout=PATIENCE)
+            shown += message.data if message.type is aiohttp.WSMsgType.TEXT else ""
+        assert FIRST[Signal.EXPLICIT] in shown
+        assert client.ws.close_code == aiohttp.WSCloseCode.POLICY_VIOLATION
+
+
+@pytest.mark.parametrize("kind", ["plea", "cancel"])
+async def test_what_must_not_wait_does_not_wait_behind_a_reply_that_is_sent_again(tmp_path: Path, kind: str) -> None:
+    """A page comes back in the middle of a long reply, whose frames it is sent 20 ms apart."""
+    counsellor = ScriptedCounsellor()
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", STREAM_CHUNK_INTERVAL_MS=20)
+    async with serve(settings, counsellor) as server:
+        talk = counsellor.expect()
+        async with server.connect() as steady:
+            await steady.ask("하나")
+            for number in range(200):  # four seconds of frames
+                talk.say(f"{number} ")
+                while (await steady.frame())["type"] != "ai_stream_chunk":
+                    pass
+            async with server.connect() as client:
+                loop = asyncio.get_running_loop()
+                asked = loop.time()
+                await send_together(client, PLEA if kind == "plea" else CANCEL)
+                frames = await client.reply()
+                assert text_of(frames) == "".join(f"{number} " for number in range(200))
+                assert frames[-1]["interrupted"] is True
+                if kind == "plea":
+                    assert kinds_of([await client.frame()]) == ["begin"]
+                    assert FIRST[Signal.EXPLICIT] in (await client.frame())["data"]["chunk"]
+                assert loop.time() - asked < 2
+
+
+async def test_of_a_flood_that_goes_on_no_more_is_read(server: Server) -> None:
+    reader, writer = await asyncio.open_connection(*server.address)
+    writer.write(
+        b"GET /ws/session/s HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    await reader.readuntil(b"\r\n\r\n")
+    sent = 0
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                writer.write(b"\x89\x80\0\0\0\0" * 10_000)  # empty pings
+                sent += 60_000
+                await writer.drain()
+    assert sent < 50_000_000  # what the kernel takes
+    writer.transport.abort()
 
 
 async def test_a_reply_without_end_is_cut_and_complete(gemini: GeminiStandIn, tmp_path: Path) -> None:

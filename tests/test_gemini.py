@@ -749,7 +749,7 @@ async def test_an_answer_that_never_says_a_word_is_given_up_before_it_takes_much
     gemini.answers.append(endless)
     texts, failure = await failure_of(model)
     assert texts == []
-    assert "an answer of over 8 MiB" in failure.cause
+    assert "silence of over 2 MiB" in failure.cause
     await until(lambda: gemini.ended == 1)
 
 

@@ -414,11 +414,11 @@ async def test_control_frames_count_too(server: Server) -> None:
 
 def test_a_budget_is_full_again_after_a_while() -> None:
     socket = Socket(asyncio.Transport())
-    assert [socket.take_frame(WSMsgType.TEXT, 1000.0) for _ in range(FRAMES_AT_ONCE + 1)] == [True] * FRAMES_AT_ONCE + [
-        False
-    ]
-    assert not socket.take_frame(WSMsgType.TEXT, 1000.0)
-    assert socket.take_frame(WSMsgType.TEXT, 2000.0)
+    assert [socket.take_frame(WSMsgType.TEXT, 100, 1000.0) for _ in range(FRAMES_AT_ONCE + 1)] == [
+        True
+    ] * FRAMES_AT_ONCE + [False]
+    assert not socket.take_frame(WSMsgType.TEXT, 100, 1000.0)
+    assert socket.take_frame(WSMsgType.TEXT, 100, 2000.0)
 
 
 async def test_an_answer_to_a_ping_of_the_servers_costs_the_peer_nothing(server: Server) -> None:
