@@ -1,9 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.14", "aiosqlite>=0.20", "asyncpg>=0.30", "PyJWT>=2.10", "python-dotenv>=1.0"]
+# ///
 """BeMore voice: the server behind a voice counselling app for Korean speakers.
 
 A browser sends what a person said over a WebSocket; the server asks Google Gemini (or, without a key, a built-in demo
 counsellor), streams the reply back as it is written and stores the turn in Postgres or SQLite.
 
-Run it: ``python bemore_voice.py``. Settings come from the environment and ``.env``; ``.env.example`` lists all.
+Run it: ``uv run bemore_voice.py``, or ``python bemore_voice.py`` where requirements.txt is installed. Settings come
+from the environment and ``.env``; ``.env.example`` lists all.
 
 Where to find what, from top to bottom
     Frames        what goes over the socket, and the errors that a person reads (docs/protocol.md has the tables)

@@ -4,12 +4,13 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ said: set[str] = set()
 logged: list[str] = []
 
 MODULE = Path(__file__).parent.parent / "bemore_voice.py"
+COMMAND = (sys.executable, str(MODULE))
 ENDS = ("ai_stream_complete", "ai_stream_error")
 
 
@@ -362,24 +364,25 @@ class Program:
 
 
 @asynccontextmanager
-async def start(folder: Path, **values: object) -> AsyncIterator[Program]:
+async def start(folder: Path, command: Sequence[str] = COMMAND, /, **values: object) -> AsyncIterator[Program]:
     environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     environment |= {name: str(value) for name, value in values.items()}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(MODULE), cwd=folder, env=environment, stderr=asyncio.subprocess.PIPE
+        *command, cwd=folder, env=environment, stderr=asyncio.subprocess.PIPE, start_new_session=True
     )
     program = Program(process)
     try:
         yield program
     finally:
         if process.returncode is None:
-            process.kill()
+            with suppress(ProcessLookupError):  # killed a moment ago
+                os.killpg(process.pid, signal.SIGKILL)  # with what the command may have started
         logged.extend([program.log, (await process.communicate())[1].decode()])
 
 
 @asynccontextmanager
-async def started(folder: Path, **values: object) -> AsyncIterator[Program]:
-    async with start(folder, **{"PORT": 0, **values}) as program:
-        match = await program.wait_for(r"BeMore voice \S+ on http://127\.0\.0\.1:(\d+), .*")
+async def started(folder: Path, command: Sequence[str] = COMMAND, /, **values: object) -> AsyncIterator[Program]:
+    async with start(folder, command, **{"PORT": 0, **values}) as program:
+        match = await program.wait_for(r"BeMore voice \S+ on http://[\d.]+:(\d+), .*")
         program.port = int(match[1])
         yield program
