@@ -29,7 +29,7 @@ class FrameWatch:
     without a mask is refused, as RFC 6455 (5.1) asks for and the parser does not.
     """
 
-    __slots__ = ("_head", "_left", "_pause", "_read_on", "_refuse", "_refused", "_take", "parser")
+    __slots__ = ("_head", "_left", "_pause", "_refuse", "_refused", "_spare", "_take", "parser")
 
     def __init__(
         self, take: Callable[[int, int, float], bool], refuse: Callable[[WSCloseCode], None], pause: Callable[[], None]
@@ -39,26 +39,28 @@ class FrameWatch:
         self._refuse = refuse
         self._pause = pause
         self._refused = False
-        self._read_on = READ_ON_BYTES
+        self._spare = READ_ON_BYTES
         self._head = b""  # the beginning of a frame's header, which the parser has already
         self._left = 0  # bytes of a frame's payload that are still to come
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         """Pass data on; where a frame in it is refused, `refuse` is called between what came before it and the rest."""
         assert self.parser is not None
-        if self._refused:
-            self._read_on -= len(data)
-            if self._read_on < 0:
-                self._pause()
-                return False, b""
-        elif (fault := self._scan(data)) is not None:
+        if not self._refused and (fault := self._scan(data)) is not None:
             code, sound = fault
             self._refused = True
             self.parser.feed_data(data[:sound])
             self._refuse(code)
-            # Of what follows so much is read, for a plea for help or the peer's own close frame, and no more.
-            data = data[sound : sound + READ_ON_BYTES]
-        return self.parser.feed_data(data)
+            data = data[sound:]
+        return self._read_on(data) if self._refused else self.parser.feed_data(data)
+
+    def _read_on(self, data: bytes) -> tuple[bool, bytes]:
+        """Pass on a little after a refusal, for a plea for help or the peer's own close frame, and read no more."""
+        assert self.parser is not None
+        some, self._spare = data[: self._spare], max(0, self._spare - len(data))
+        if not self._spare:
+            self._pause()
+        return self.parser.feed_data(some) if some else (False, b"")
 
     def feed_eof(self) -> None:
         assert self.parser is not None

@@ -607,6 +607,7 @@ async def test_a_mark_that_is_owed_is_set_before_the_process_ends(
 ) -> None:
     """The database was away when somebody in danger spoke, and is back before the next try was due."""
     monkeypatch.setattr(bemore_voice, "STORE_SECONDS", 0.2)
+    monkeypatch.setattr(bemore_voice, "CLOSE_SECONDS", 0.2)
     settings = make_settings(engine_url, AUTO_CREATE_SESSIONS=1)
     storage = FaultyStorage(bemore_voice.make_storage(settings))
     async with serve(settings, counsellor, storage) as server, server.connect() as client:
@@ -626,6 +627,7 @@ async def test_a_turn_that_failed_is_withdrawn_before_the_process_ends(
     counsellor: ScriptedCounsellor, engine_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bemore_voice, "STORE_SECONDS", 0.3)
+    monkeypatch.setattr(bemore_voice, "CLOSE_SECONDS", 0.2)
     settings = make_settings(engine_url, AUTO_CREATE_SESSIONS=1)
     storage = Mute(bemore_voice.make_storage(settings))
     async with serve(settings, counsellor, storage) as server, server.connect() as client:

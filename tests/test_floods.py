@@ -126,15 +126,18 @@ async def test_a_plea_behind_a_flood_in_one_packet_is_answered_before_the_goodby
 
 
 @pytest.mark.parametrize("kind", ["plea", "cancel"])
-async def test_what_must_not_wait_does_not_wait_behind_a_reply_that_is_sent_again(tmp_path: Path, kind: str) -> None:
+async def test_what_must_not_wait_does_not_wait_behind_a_reply_that_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """A page comes back in the middle of a long reply, whose frames it is sent 20 ms apart."""
+    monkeypatch.setattr(bemore_voice, "PLEA_WAITS_SECONDS", 0.5)  # for the long reply's row, on a busy machine too
     counsellor = ScriptedCounsellor()
     settings = make_settings(f"sqlite:///{tmp_path}/a.db", STREAM_CHUNK_INTERVAL_MS=20)
     async with serve(settings, counsellor) as server:
         talk = counsellor.expect()
         async with server.connect() as steady:
             await steady.ask("하나")
-            for number in range(200):  # four seconds of frames
+            for number in range(120):  # more than two seconds of frames
                 talk.say(f"{number} ")
                 while (await steady.frame())["type"] != "ai_stream_chunk":
                     pass
@@ -143,12 +146,12 @@ async def test_what_must_not_wait_does_not_wait_behind_a_reply_that_is_sent_agai
                 asked = loop.time()
                 await send_together(client, PLEA if kind == "plea" else CANCEL)
                 frames = await client.reply()
-                assert text_of(frames) == "".join(f"{number} " for number in range(200))
+                assert text_of(frames) == "".join(f"{number} " for number in range(120))
                 assert frames[-1]["interrupted"] is True
                 if kind == "plea":
                     assert kinds_of([await client.frame()]) == ["begin"]
                     assert FIRST[Signal.EXPLICIT] in (await client.frame())["data"]["chunk"]
-                assert loop.time() - asked < 2
+                assert loop.time() - asked < 1.5
 
 
 async def test_of_a_flood_that_goes_on_no_more_is_read(server: Server) -> None:

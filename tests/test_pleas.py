@@ -180,14 +180,17 @@ async def test_an_explicit_one_cuts_the_reply_in_progress_short_and_goes_ahead_o
 async def test_of_several_explicit_ones_none_waits_for_the_model(
     server: Server, counsellor: ScriptedCounsellor
 ) -> None:
-    for _ in range(3):
-        counsellor.expect()  # and never answers
+    talks = [counsellor.expect() for _ in range(3)]  # none of which says a word
     async with server.connect() as client:
         await send_together(client, ASK, ASK, ASK)
         for ends in (True, True, False):
             assert kinds_of([await client.frame(), await client.frame()]) == ["begin", "chunk"]
             if ends:
                 assert (await client.frame())["interrupted"] is True
+        talks[-1].end()
+        for talk in talks[:-1]:
+            talk.end()
+        assert kinds_of(await client.reply()) == ["complete"]
 
 
 async def test_it_does_not_wait_for_a_database_that_hangs(counsellor: ScriptedCounsellor, tmp_path: Path) -> None:

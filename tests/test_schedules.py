@@ -1,6 +1,6 @@
 """Random schedules of everything that can happen to a session, and what must hold after each.
 
-SCHEDULES is how many (150), SEED the first one's number. A failure names its seed: SCHEDULES=1 SEED=n runs it alone.
+SCHEDULES is how many (75), SEED the first one's number. A failure names its seed: SCHEDULES=1 SEED=n runs it alone.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from tools import PATIENCE, until
 from bemore.care import FIRST, SHORT, signal_in
 from bemore_voice import Failure, Session, Socket, Utterance, anonymous, make_counsellor, make_storage
 
-SCHEDULES = int(os.environ.get("SCHEDULES", "150"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "75"))
 SEED = int(os.environ.get("SEED", "0"))
 TOGETHER = 25  # schedules under way at once, each in a session of its own
 
@@ -149,26 +149,25 @@ class House:
         self.server, self.storage, self.counts = server, storage, counts
         self.plans: dict[str, str] = {}
         self._path = path
-        self._locked = False
+        self._lock: sqlite3.Connection | None = None
 
     def lock(self, seconds: float) -> None:
         """Hold the database's lock for so long, as another program does."""
-        if self._locked:
+        if self._lock is not None:
             return
         other = sqlite3.connect(self._path, isolation_level=None, timeout=0)
-
-        def release() -> None:
-            other.execute("ROLLBACK")
-            other.close()
-            self._locked = False
-
         try:
             other.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError:  # the server holds it
             other.close()
         else:
-            self._locked = True
-            asyncio.get_running_loop().call_later(seconds, release)
+            self._lock = other
+            asyncio.get_running_loop().call_later(seconds, self.unlock)
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def rows(self, session_id: str) -> list[tuple[str, str]]:
         """What is stored: message and reply of each turn."""
@@ -365,7 +364,10 @@ async def running(folder: Path, counts: Counts) -> AsyncIterator[tuple[House, Ge
         async with serve(settings, make_counsellor(settings), storage, clock=CLOCK) as server:
             house = House(server, storage, counts, folder / "a.db")
             stand_in.default = lambda request: answer(request, house.plans)
-            yield house, stand_in
+            try:
+                yield house, stand_in
+            finally:
+                house.unlock()
 
 
 def check_all(
