@@ -1589,10 +1589,8 @@ async def read_socket(socket: Socket, session: Session, services: Services) -> b
         if socket.closing:
             continue
         session.hear(socket, message.data if message.type is WSMsgType.PONG else None)
-        is_long = message.type is WSMsgType.TEXT and len(message.data) > LONG_CHARACTERS
-        async with services.judging if is_long else contextlib.nullcontext():
+        async with in_turn(message, services):
             taken = take_message(message, socket, session, services.now_ms())
-            await asyncio.sleep(0)  # what has arrived together is read one by one: others have their turn in between
         if not taken:
             await turn_away(WSCloseCode.POLICY_VIOLATION, socket, session, services)
             return False
@@ -1605,6 +1603,15 @@ async def read_socket(socket: Socket, session: Session, services: Services) -> b
     return message.type is WSMsgType.CLOSE
 
 
+@contextlib.asynccontextmanager
+async def in_turn(message: aiohttp.WSMessage, services: Services) -> AsyncIterator[None]:
+    """Act on one message, and let others have their turn before the next: of long ones one at a time, whoever asks."""
+    is_long = message.type is WSMsgType.TEXT and len(message.data) > LONG_CHARACTERS
+    async with services.judging if is_long else contextlib.nullcontext():
+        yield
+        await asyncio.sleep(0)
+
+
 async def turn_away(code: WSCloseCode, socket: Socket, session: Session, services: Services) -> None:
     """Close a socket for what its peer did, once the pleas for help among what has arrived are answered."""
     session.shut()
@@ -1614,7 +1621,8 @@ async def turn_away(code: WSCloseCode, socket: Socket, session: Session, service
             async with asyncio.timeout(0):  # what has arrived is there at once
                 message = await socket.ws.receive()
             if message.type is WSMsgType.TEXT:
-                pleas |= take_plea(message.data, socket, session, services.now_ms())
+                async with in_turn(message, services):
+                    pleas |= take_plea(message.data, socket, session, services.now_ms())
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
                 break
     if pleas and session.worker is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import WSMsgType
+from aiohttp import WSCloseCode, WSMsgType
 from support import Client, ScriptedCounsellor, Server, Wire, kinds_of, make_settings, send_together, serve, text_of
 from tools import until
 
@@ -271,11 +271,11 @@ async def read_nothing(server: Server, session_id: str = "가") -> tuple[asyncio
     """A client that opens a socket and then never reads, with the smallest buffers that it can have."""
     reader, writer = await asyncio.open_connection(*server.address)
     writer.write(
-        f"GET /ws/session/{session_id} HTTP/1.1\r\nHost: x\r\n"
+        f"GET /ws/session/{session_id} HTTP/1.1\r\nHost: localhost\r\n"
         "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
         "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n".encode()
     )
-    await reader.readuntil(b"\r\n\r\n")
+    assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     return reader, writer
 
@@ -462,6 +462,19 @@ async def test_a_reply_that_does_not_end_in_time_ends_as_by_a_cancel(
     async with make_storage(settings) as storage:
         said = await storage.conversations("가", 10, 2**53)
         assert [(turn["user_message"], turn["ai_response"]) for turn in said] == [("하나", "가")]
+
+
+async def test_both_say_goodbye_once(counsellor: ScriptedCounsellor, tmp_path: Path) -> None:
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), counsellor) as server:
+        reader, writer = await read_nothing(server, "s")
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        ending = asyncio.create_task(server.runner.cleanup())
+        frame = await reader.readexactly(4)
+        assert frame == b"\x88\x02" + WSCloseCode.GOING_AWAY.to_bytes(2, "big")
+        writer.write(b"\x88\x82" + bytes(4) + WSCloseCode.GOING_AWAY.to_bytes(2, "big"))
+        assert await reader.read() == b""
+        writer.transport.abort()
+        await ending
 
 
 async def test_a_client_that_does_not_say_goodbye_does_not_hold_the_end_up(
