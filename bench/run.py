@@ -2,7 +2,7 @@
 
     .venv/bin/pip install -r bench/requirements.txt
     .venv/bin/python bench/run.py              prints the tables, three rounds
-    .venv/bin/python bench/run.py --write      and writes them into README.md and bench/README.md, and draws growth.svg
+    .venv/bin/python bench/run.py --write      and writes them into both READMEs and bench/README.md, draws growth.svg
     .venv/bin/python bench/run.py --only flat,talking,moment,idle,growth --rounds 1
     .venv/bin/python bench/run.py --quick      a hundredth of it, to see that all runs; its figures mean nothing
     .venv/bin/python bench/run.py --inserts    what SQLite's inserts cost the others
@@ -420,7 +420,8 @@ def main() -> None:
                 print(table(figures, who, COLUMNS))
                 if options.write:
                     put(HERE / "README.md", "loads", table(figures, who, COLUMNS))
-                    put(ROOT / "README.md", "speed", table(figures, who, SHORT_COLUMNS))
+                    for readme in ("README.md", "README.ko.md"):
+                        put(ROOT / readme, "speed", table(figures, who, SHORT_COLUMNS))
             if "growth" in parts:
                 sizes = (5, 10) if options.quick else SIZES
                 growth = measure_growth(gemini, cluster, quick(GROWTH) if options.quick else GROWTH, sizes, rounds)

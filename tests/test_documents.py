@@ -35,8 +35,12 @@ from bemore_voice import (
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md"])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+KOREAN = (ROOT / "README.ko.md").read_text(encoding="utf-8")
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 MOST_LINES = 140  # of README: for somebody who has a minute
+BLOCK = "^```.*?^```$"
+LINK = r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"|<(http[^>]+)>"
+FIGURES = "<!-- speed -->\n.*<!-- /speed -->\n"
 
 
 class Recorder(Mapping[str, str]):
@@ -67,9 +71,27 @@ def names(cell: str) -> list[str]:
     return re.findall("`([^`]+)`", cell)
 
 
+def facts(text: str) -> list[list[str]]:
+    """Return what is the same in every language: blocks and spans of code, links and images, numbers.
+
+    All but the blocks is sorted, since another language puts a sentence's words in another order.
+    """
+    blocks = re.findall(BLOCK, text, re.DOTALL | re.MULTILINE)
+    text = re.sub(BLOCK, "", text, flags=re.DOTALL | re.MULTILINE)
+    links = ["".join(link) for link in re.findall(LINK, text)]
+    numbers = re.findall(r"\d(?:[\d.,]*\d)?", re.sub(f"`[^`]+`|{LINK}", "", text))
+    return [blocks, sorted(names(text)), sorted(links), sorted(numbers)]
+
+
+def points(readme: str) -> list[tuple[str, int, list[str], list[list[str]]]]:
+    """Return the facts of each row of a table, with the number of its cells, and of each point of a list."""
+    lines = [line for line in readme.splitlines() if line.startswith(("|", "- "))]
+    return [(line[0], line.count("|"), names(line), facts(line)) for line in lines]
+
+
 def prose(document: Path) -> str:
     """A document's text without its blocks of code."""
-    return re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(BLOCK, "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(document: Path) -> set[str]:
@@ -201,8 +223,32 @@ def test_refusals_agree() -> None:
 # The documents
 
 
-def test_readme_is_for_somebody_who_has_a_minute() -> None:
-    assert len(README.splitlines()) <= MOST_LINES
+@pytest.mark.parametrize("readme", [README, KOREAN], ids=["English", "Korean"])
+def test_readme_is_for_somebody_who_has_a_minute(readme: str) -> None:
+    assert len(readme.splitlines()) <= MOST_LINES
+
+
+def test_the_readmes_name_each_other_in_their_first_lines() -> None:
+    assert "[한국어](README.ko.md)" in README.splitlines()[:6]
+    assert any(line.startswith("[English](README.md)") for line in KOREAN.splitlines()[:6])
+
+
+def test_the_readmes_say_the_same() -> None:
+    english, korean = ([facts(section) for section in readme.split("\n## ")] for readme in (README, KOREAN))
+    english[0][2].remove("README.ko.md")
+    korean[0][2].remove("README.md")
+    assert korean == english
+
+
+def test_the_readmes_have_the_same_tables_and_lists() -> None:
+    assert points(KOREAN) == points(README)
+
+
+def test_the_readmes_have_the_same_figures() -> None:
+    """bench/run.py writes one table into both, its English words too."""
+    english, korean = (re.findall(FIGURES, readme, re.DOTALL) for readme in (README, KOREAN))
+    assert len(english) == 1
+    assert korean == english
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
