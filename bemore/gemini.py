@@ -254,6 +254,7 @@ class Gemini(Counsellor):
             connector=aiohttp.TCPConnector(limit=0, **connections),
             timeout=aiohttp.ClientTimeout(),  # reply() has limits of its own
             cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=PIECE_BYTES,  # twice as much waits to be read; a model's pieces are a hundredth of it
             auto_decompress=False,  # a few bytes may stand for any number
             headers={
                 "x-goog-api-key": self._api_key,
