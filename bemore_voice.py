@@ -86,7 +86,7 @@ MAX_FRAME_BYTES = 64 * 1024  # 2,000 characters are 24,000 bytes even when each 
 MAX_WAITING_FRAMES = 16  # of one session, behind the one being answered; a plea for help is taken all the same
 FRAMES_AT_ONCE, FRAMES_A_SECOND = 60, 10  # of one socket, control frames too; no frontend comes near it
 FRAME_BYTES = 1_500  # of what counts as one frame: 2,000 characters are judged for as long as many short frames
-LONG_CHARACTERS = 500  # of a frame; more than one of these is not judged at a time, whoever sends them
+LONG_CHARACTERS = 150  # of a frame; more than one of these is not judged at a time, whoever sends them
 SHUT_SECONDS = 1  # to new sockets of a session that one was closed of: a budget must not be renewed by coming again
 MAX_SOCKETS_PER_SESSION = 8  # tabs and devices that see the same conversation
 MAX_SESSION_ID_CHARACTERS = 255  # the column's width
@@ -94,6 +94,7 @@ MAX_UNSENT_BYTES = 1024 * 1024  # in a socket's buffer; no reply comes near it, 
 HEARTBEAT_SECONDS = 20  # protocol pings; with the 10 s for the pong a dead peer is found within RESUME_SECONDS
 RESUME_SECONDS = 35  # the frontend reconnects after 1, 2, 4, 8 and 16 s: it gives up after 31
 STALL_SECONDS = 10  # a socket that has not taken its frames after so long is closed
+SAID_SECONDS = 0.25  # for the prepared sentences that are owed to a socket which is to be closed
 CLOSE_SECONDS = 2  # for the peer's half of the closing handshake
 DRAIN_SECONDS = 10  # for replies in progress on SIGTERM
 STORE_SECONDS = 5  # a turn is tried to be stored for so long
@@ -428,6 +429,7 @@ class Socket:
         self._held: list[tuple[bytes, WSMsgType, bool]] = []  # until it is
         self._release: asyncio.TimerHandle | None = None
         self._left: asyncio.Future[None] | None = None  # from our goodbye on
+        self._gone = False
 
     @property
     def closing(self) -> bool:
@@ -505,6 +507,8 @@ class Socket:
         """
         if self._held:
             await asyncio.sleep(min((1 + len(self._held)) * self._frame_gap, CLOSE_SECONDS))
+        if self._gone or self.ws.closed:
+            return
         self.flush()
         self.send(code.to_bytes(2, "big"), WSMsgType.CLOSE)
         self._left = asyncio.get_running_loop().create_future()
@@ -513,6 +517,7 @@ class Socket:
 
     def leave(self) -> None:
         """Note that the peer is gone."""
+        self._gone = True
         self.drop()
         if self._left is not None:
             self._left.set_result(None)
@@ -577,8 +582,9 @@ class Delivery(Generic[Peer]):
     one. What was written to a phone that has changed networks looks delivered for minutes.
     """
 
-    def __init__(self, peers: Iterable[Peer], *, lost: int = 0) -> None:
+    def __init__(self, peers: Iterable[Peer], *, lost: int = 0, urgent: bool = False) -> None:
         self.frames: list[bytes] = []
+        self.urgent = urgent  # it begins with a prepared sentence, which waits for nothing
         self.proof = b""  # what the ping after the last frame carries; empty while the reply is in progress
         self._unproven = set(peers)
         self._doubted: set[Peer] = set()  # silent since another came: perhaps the same page, come back
@@ -815,10 +821,14 @@ class Session:
         for delivery in self._deliveries:
             for doubted in delivery.join(socket):
                 doubted.ping()
+            if delivery.urgent:
+                socket.flush()
             for frame in delivery.frames:
                 socket.say(frame)
             if delivery.proof:
                 socket.prove(delivery.proof)
+        if any(map(is_plea, self._waiting)):
+            socket.flush()
 
     def leave(self, socket: Socket, *, said_goodbye: bool) -> None:
         """Remove a socket; a reply that it may not have whole stays for its return."""
@@ -941,6 +951,12 @@ class Session:
         else:
             self._waiting.append(item)
 
+    def owes_plea(self, socket: Socket) -> bool:
+        """Tell whether a plea of this socket's waits for its answer, or is being answered."""
+        return any(
+            item is not None and item.asker is socket and is_plea(item) for item in (self._current, *self._waiting)
+        )
+
     def _urgent_waiting(self) -> int:
         return sum(isinstance(item, Reply) and item.urgent for item in self._waiting)
 
@@ -1001,7 +1017,7 @@ class Session:
 
         Return the failure where the request is refused at the door, which concerns the asker alone.
         """
-        delivery = Delivery(self.sockets, lost=reply.asker not in self.sockets)
+        delivery = Delivery(self.sockets, lost=reply.asker not in self.sockets, urgent=is_plea(reply))
         self._deliveries.append(delivery)
         if self._urgent_waiting():
             reply.interrupt()
@@ -1615,30 +1631,31 @@ async def in_turn(message: aiohttp.WSMessage, services: Services) -> AsyncIterat
 async def turn_away(code: WSCloseCode, socket: Socket, session: Session, services: Services) -> None:
     """Close a socket for what its peer did, once the pleas for help among what has arrived are answered."""
     session.shut()
-    pleas = False
+    if socket.closing:
+        return
     with contextlib.suppress(TimeoutError):
         while True:
             async with asyncio.timeout(0):  # what has arrived is there at once
                 message = await socket.ws.receive()
             if message.type is WSMsgType.TEXT:
                 async with in_turn(message, services):
-                    pleas |= take_plea(message.data, socket, session, services.now_ms())
+                    take_plea(message.data, socket, session, services.now_ms())
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
                 break
-    if pleas and session.worker is not None:
-        await asyncio.wait([session.worker], timeout=CLOSE_SECONDS)
+    if session.worker is not None and session.owes_plea(socket):
+        await asyncio.wait([session.worker], timeout=SAID_SECONDS)
     socket.flush()
     await socket.ws.close(code=code, message=CLOSE_REASONS[code], drain=False)
 
 
-def take_plea(text: str, socket: Socket, session: Session, now_ms: int) -> bool:
-    """Take a plea for help, and nothing else; tell whether it was one."""
+def take_plea(text: str, socket: Socket, session: Session, now_ms: int) -> None:
+    """Take a plea for help, and nothing else."""
     with contextlib.suppress(Failure):
         kind, data = parse_frame(text)
         if kind == "request_ai_response":
             utterance = parse_utterance(data, now_ms)
-            return signal_in(utterance.message) is not None and session.submit(socket, utterance)
-    return False
+            if signal_in(utterance.message) is not None:
+                session.submit(socket, utterance)
 
 
 def take_message(message: aiohttp.WSMessage, socket: Socket, session: Session, now_ms: int) -> bool:

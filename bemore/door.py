@@ -16,7 +16,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 MAX_HEADER_BYTES = 16 * 1024  # of a request, and of all that wait behind it; aiohttp's own limits add up to 1 MiB each
 PIECE_BYTES = 4 * 1024  # handed to the parser at a time, so that a header that is too long is not parsed first
 SPARE_CONNECTIONS = 64  # beyond the most: they are told so, and close
-READ_ON_BYTES = 4 * 1024  # of a WebSocket after a frame was refused
+READ_ON_BYTES = 4 * 1024  # of a WebSocket after a frame was refused, or to that frame's end where it is longer
+LONGEST_WORDS_BYTES = 26 * 1024  # of a frame with 2,000 characters, each a pair of escapes
 SWEEP_SECONDS = 1  # between two looks at all connections whose time is limited
 
 Handler = Callable[[BaseRequest], Any]
@@ -81,6 +82,7 @@ class FrameWatch:
             if extended:
                 length = int.from_bytes(data[at + 2 : end - 4], "big")
             if not self._take(data[at] & 0x0F, length, asyncio.get_running_loop().time()):
+                self._spare = max(READ_ON_BYTES, min(end - at + length, LONGEST_WORDS_BYTES))
                 return WSCloseCode.POLICY_VIOLATION, max(0, at - passed)
             at = end + length
         self._head = bytes(data[at:])

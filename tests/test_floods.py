@@ -109,20 +109,52 @@ PLEA = ("request_ai_response", {"message": "죽고 싶어요"})
 @pytest.mark.parametrize(
     "before", [[REQUEST] * 30, [("ping", None)] * 60, [("", None)] * 70], ids=["requests", "pings", "bad frames"]
 )
-async def test_a_plea_behind_a_flood_in_one_packet_is_answered_before_the_goodbye(
-    server: Server, counsellor: ScriptedCounsellor, before: list[tuple[str, object]]
+@pytest.mark.parametrize("place", ["behind", "in front of", "long, and behind"])
+async def test_a_plea_around_a_flood_in_one_packet_is_answered_before_the_goodbye(
+    server: Server, counsellor: ScriptedCounsellor, before: list[tuple[str, object]], place: str
 ) -> None:
     talk = counsellor.expect()
     async with server.connect() as client:
         await client.ask("하나")
         await talk.asked.wait()
-        await send_together(client, *before, PLEA, PLEA, REQUEST)
+        if place == "behind":
+            await send_together(client, *before, PLEA, PLEA, REQUEST)
+        elif place == "in front of":
+            await send_together(client, PLEA, *before, *before)
+        else:
+            words = {"message": "오늘 있었던 일을 말하자면 " * 130 + "죽고 싶어요"}
+            await send_together(client, *before[:57], ("request_ai_response", words), *before)
         shown = ""
         while not client.ws.closed:
             message = await client.ws.receive(timeout=PATIENCE)
             shown += message.data if message.type is aiohttp.WSMsgType.TEXT else ""
         assert FIRST[Signal.EXPLICIT] in shown
         assert client.ws.close_code == aiohttp.WSCloseCode.POLICY_VIOLATION
+
+
+async def test_a_plea_just_before_the_connection_is_lost_does_not_wait_behind_what_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bemore_voice, "PLEA_WAITS_SECONDS", 0.5)
+    counsellor = ScriptedCounsellor()
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", STREAM_CHUNK_INTERVAL_MS=20)
+    async with serve(settings, counsellor) as server:
+        talk = counsellor.expect()
+        async with server.connect() as lost:
+            await lost.ask("하나")
+            for number in range(120):
+                talk.say(f"{number} ")
+                while (await lost.frame())["type"] != "ai_stream_chunk":
+                    pass
+            await send_together(lost, PLEA)
+            await lost.cut()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with server.connect() as client:
+            assert text_of(await client.reply()) == "".join(f"{number} " for number in range(120))
+            assert kinds_of([await client.frame()]) == ["begin"]
+            assert FIRST[Signal.EXPLICIT] in (await client.frame())["data"]["chunk"]
+        assert loop.time() - began < 1.5
 
 
 @pytest.mark.parametrize("kind", ["plea", "cancel"])
