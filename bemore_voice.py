@@ -102,6 +102,7 @@ PLEA_WAITS_SECONDS = 0.02  # for the row of the reply before it; an insert takes
 FRAME_GAP_SECONDS = 0.02  # between two frames of a reply: of those that come within one render React sees the last
 MAX_HELD_FRAMES = 2_000  # for their gap, of one socket: those of a long reply that is sent again
 CREATION_SECONDS = 1  # of a session in its first handshake; then its first request creates it
+WITHDRAWAL_SECONDS = 1  # of turns that failed, before the next is asked for
 SETTLE_SECONDS = 5  # between two tries to do what the database still owes,
 LAST_SETTLE_SECONDS = 0.2  # and while the process ends
 HEADER_SECONDS = 10  # for a request's header; phones on bad networks need two or three
@@ -897,10 +898,11 @@ class Session:
         """Do what is owed, now that nobody asks anything; where that fails, again and again."""
         try:
             while self._owes and self.worker is None:
-                try:
-                    await self._withdraw()
+                with contextlib.suppress(StorageError):
                     await self._mark_at_risk()
-                except StorageError:
+                with contextlib.suppress(StorageError):
+                    await self._withdraw()
+                if self._owes:
                     await self._pause()
         finally:
             self._settling = None
@@ -1107,7 +1109,9 @@ class Session:
         """Take a token and read what was said before; raise StorageError where the session may not ask."""
         services, utterance = self._services, reply.utterance
         await self._exist()
-        await self._withdraw()
+        with contextlib.suppress(Unavailable, TimeoutError):  # what was given up may not be over for long
+            async with asyncio.timeout(WITHDRAWAL_SECONDS):
+                await self._withdraw()
         admission = await services.storage.admit(
             self.id, services.now_us(), services.requests_per_minute, at_risk=self._at_risk
         )
@@ -1134,8 +1138,8 @@ class Session:
     async def _mark_at_risk(self) -> None:
         """Note in the database that the session is at risk, where it is; an unknown one has nothing to be noted of."""
         if self._unmarked:
-            await self._exist()
             try:
+                await self._exist()
                 await self._services.storage.mark_at_risk(self.id)
             except NotPermitted as error:  # it will not be the next time either
                 logger.warning("session=%s is at risk, and has no mark: %s", anonymous(self.id), error.cause)
@@ -1168,9 +1172,13 @@ class Session:
             async with asyncio.timeout(STORE_SECONDS) as reply.keeping:
                 if self._hurried or self._urgent_waiting():
                     reply.hurry(self._patience)
-                with contextlib.suppress(StorageError):  # a plea that was cut short has not waited for its admission
-                    await asyncio.shield(self._admission(reply))
-                with contextlib.suppress(StorageError):  # it is tried again
+                admission = self._admission(reply)
+                if not admission.done():  # a plea that was cut short has not waited for it
+                    with contextlib.suppress(StorageError):  # it is tried again
+                        await self._mark_at_risk()
+                    with contextlib.suppress(StorageError):
+                        await asyncio.shield(admission)
+                with contextlib.suppress(StorageError):
                     await self._mark_at_risk()
                 if reply.said:
                     await self._store(reply)

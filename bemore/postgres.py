@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Self
@@ -137,14 +138,19 @@ class Pool:
             other.connection.terminate()
         self.give_back(link)
 
+    def doubt(self) -> None:
+        """Have every idle link asked before it is used again: one has not answered."""
+        for link in self._free:
+            link.idle_since = -math.inf
+
     def give_back(self, link: Link) -> None:
+        link.idle_since = asyncio.get_running_loop().time()
         if not link.open:
             self._links.discard(link)
             self._grow()
         elif (waiter := self._next_waiter()) is not None:
             waiter.set_result(link)
         else:
-            link.idle_since = asyncio.get_running_loop().time()
             self._free.append(link)
             self._shrink_later()
 
@@ -213,6 +219,7 @@ class Postgres(Storage):
         self._pool = Pool(self._connect)
         self.prepares = True
         self._limits: dict[str, str] = {"statement_timeout": f"{timeout * 1000:.0f}"}
+        self._limits_kept = False  # by the server, as far as is known
         self._given_up: set[asyncio.Task[None]] = set()
         parts = urlsplit(url)  # what stands before an @ is nobody's business
         self.where = f"Postgres {parts.netloc.rpartition('@')[2] or '(local socket)'}{parts.path}"
@@ -230,7 +237,15 @@ class Postgres(Storage):
     async def _connect(self) -> Link:
         limits = self._limits
         try:
-            return await self._connect_within(limits)
+            link = await self._connect_within(limits)
+            if limits and not self._limits_kept:
+                # Some poolers take settings, and keep them away.
+                found = await link.connection.fetchval(
+                    "SELECT setting FROM pg_settings WHERE name = 'statement_timeout'"
+                )
+                self._limits_kept = found == limits["statement_timeout"]
+                self._limits = limits if self._limits_kept else {}
+            return link
         except asyncpg.ProtocolViolationError:
             if not limits:
                 raise
@@ -276,6 +291,8 @@ class Postgres(Storage):
         except (asyncpg.InsufficientPrivilegeError, asyncpg.NotNullViolationError) as error:
             raise NotPermitted(f"database: {type(error).__name__}") from None
         except FAULTS as error:
+            if isinstance(error, TimeoutError):
+                self._pool.doubt()
             raise Unavailable(f"database: {type(error).__name__}") from None
 
     async def _take(self) -> Link:
@@ -336,5 +353,5 @@ class Postgres(Storage):
             self._pool.give_back(link)
 
     async def settled(self) -> None:
-        if self._given_up:
-            await asyncio.wait(self._given_up)
+        if self._given_up and (await asyncio.wait(self._given_up, timeout=self._timeout))[1]:
+            raise Unavailable("database: what was given up is not over")

@@ -156,7 +156,7 @@ class Storage(ABC):
         """Run one statement and return its rows."""
 
     async def settled(self) -> None:  # noqa: B027 - where statements run one after another there is nothing to wait for
-        """Wait until every statement that was given up is over."""
+        """Wait until every statement that was given up is over; raise Unavailable where that takes too long."""
 
     async def ping(self) -> None:
         """Try what a turn needs, for nobody."""

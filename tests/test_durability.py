@@ -30,7 +30,7 @@ from support import (
 from tools import PATIENCE, open_storage, until
 
 import bemore_voice
-from bemore.postgres import MAX_CONNECTIONS, MIN_CONNECTIONS, Postgres
+from bemore.postgres import MAX_CONNECTIONS, MIN_CONNECTIONS, Link, Postgres
 from bemore.storage import ADD_TURN, NewTurn, NoToken, Storage, Unavailable
 
 NOW = 1_800_000_000_000_000
@@ -557,6 +557,33 @@ async def test_connections_that_were_dropped_without_a_word_cost_a_person_no_ans
         wire.strand()
         await talk_in_turns(storage, "s", 2)
         assert len(await storage.conversations("s", 10, 2**53)) == 3
+
+
+async def test_a_connection_that_never_rests_is_not_asked_whether_it_is_there(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bemore.postgres.DOUBT_SECONDS", 0.3)
+    probed: list[Link] = []
+    answers = Link.answers
+
+    async def noted(link: Link, seconds: float, *, cancels: int = 0) -> bool:
+        probed.append(link)
+        return await answers(link, seconds, cancels=cancels)
+
+    monkeypatch.setattr(Link, "answers", noted)
+    async with Postgres(postgres_url, 5) as storage:
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + 1
+
+        async def ask_again_and_again() -> None:
+            while loop.time() < ends:
+                await storage.fetch("SELECT pg_sleep(0.01)")
+
+        await asyncio.gather(*(ask_again_and_again() for _ in range(60)))
+        assert not probed
+        storage._pool.doubt()
+        await storage.ping()
+        assert probed
 
 
 async def test_a_backend_that_is_terminated_is_a_fault_like_any_other(postgres_url: str) -> None:
