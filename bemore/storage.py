@@ -203,7 +203,8 @@ class Storage(ABC):
 
     async def withdraw_turn(self, session_id: str, key: str) -> None:
         """Remove a turn of which the person was told that it failed, where it was stored after all."""
-        await self.settled()
+        await self.fetch(WITHDRAW_TURN, session_id, key)
+        await self.settled()  # by then what was given up has stored it, or never will
         await self.fetch(WITHDRAW_TURN, session_id, key)
 
     async def conversations(self, session_id: str, limit: int, before: int) -> list[dict[str, object]]:
