@@ -413,15 +413,11 @@ async def talk_until_killed(program: Program, session_id: str, said: list[str]) 
                     said.append(message)
 
 
-async def test_a_process_that_is_killed_has_lost_nothing_that_it_told_complete(
-    gemini: GeminiStandIn, tmp_path: Path
-) -> None:
-    """Fifty times, at any moment, on one file."""
-    values = {"GEMINI_API_KEY": "k", "GEMINI_BASE_URL": gemini.url, "STREAM_CHUNK_INTERVAL_MS": 0}
-    moment = random.Random(0)
+async def live_and_die(folder: Path, lives: range, moment: random.Random, **values: object) -> list[str]:
+    """Start on one file again and again, and be killed at any moment; return what was told complete."""
     told: list[str] = []
-    for life in range(50):
-        async with started(tmp_path, MAX_AI_REQUESTS_PER_MINUTE=6000, **values) as program:
+    for life in lives:
+        async with started(folder, MAX_AI_REQUESTS_PER_MINUTE=6000, STREAM_CHUNK_INTERVAL_MS=0, **values) as program:
             begun: list[str] = []
             talks = [asyncio.create_task(talk_until_killed(program, f"{life}-{number}", begun)) for number in range(4)]
             await until(lambda begun=begun: begun)  # type: ignore[misc]
@@ -429,11 +425,24 @@ async def test_a_process_that_is_killed_has_lost_nothing_that_it_told_complete(
             program.process.kill()
             await asyncio.gather(*talks)
         told += begun
-    assert len(told) >= 50
-    with contextlib.closing(sqlite3.connect(tmp_path / "bemore.db")) as database:
-        stored = [row[0] for row in database.execute("SELECT user_message FROM conversations")]
-    assert set(told) <= set(stored)
-    assert len(stored) == len(set(stored))
+    return told
+
+
+async def test_a_process_that_is_killed_fifty_times_has_lost_nothing_that_it_told_complete(
+    gemini: GeminiStandIn, tmp_path: Path
+) -> None:
+    """Two at a time, each on a file of its own."""
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+    values = {"GEMINI_API_KEY": "k", "GEMINI_BASE_URL": gemini.url}
+    lives = [live_and_die(folder, range(25), random.Random(seed), **values) for seed, folder in enumerate(folders)]
+    for folder, told in zip(folders, await asyncio.gather(*lives), strict=True):
+        assert len(told) >= 25
+        with contextlib.closing(sqlite3.connect(folder / "bemore.db")) as database:
+            stored = [row[0] for row in database.execute("SELECT user_message FROM conversations")]
+        assert set(told) <= set(stored)
+        assert len(stored) == len(set(stored))
 
 
 def held_in(folder: Path) -> bytes:

@@ -1,6 +1,6 @@
 """Random schedules of everything that can happen to a session, and what must hold after each.
 
-SCHEDULES is how many (75), SEED the first one's number. A failure names its seed: SCHEDULES=1 SEED=n runs it alone.
+SCHEDULES is how many (50), SEED the first one's number. A failure names its seed: SCHEDULES=1 SEED=n runs it alone.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from tools import PATIENCE, until
 from bemore.care import FIRST, SHORT, signal_in
 from bemore_voice import Failure, Session, Socket, Utterance, anonymous, make_counsellor, make_storage
 
-SCHEDULES = int(os.environ.get("SCHEDULES", "75"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "50"))
 SEED = int(os.environ.get("SEED", "0"))
 TOGETHER = 25  # schedules under way at once, each in a session of its own
 
