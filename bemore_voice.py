@@ -455,16 +455,12 @@ class Socket:
         """Write a frame of a reply, or what must not overtake one, in its turn and after its gap."""
         if len(self._held) >= MAX_HELD_FRAMES:
             self.flush()
-        if self._held or (after_gap and self._frame_gap and loop_time() < self._due):
-            self._held.append((frame, opcode, after_gap))
-            if self._release is None:
-                self._release = asyncio.get_running_loop().call_at(self._due, self._say_held)
-            return
-        self.send(frame, opcode)
-        if self._frame_gap:
-            self._due = loop_time() + self._frame_gap
+        self._held.append((frame, opcode, after_gap))
+        if self._release is None:
+            self._say_held()
 
     def _say_held(self) -> None:
+        """Write what is due, and come back for the rest."""
         self._release = None
         while self._held:
             frame, opcode, after_gap = self._held[0]
@@ -1173,13 +1169,10 @@ class Session:
                 if self._hurried or self._urgent_waiting():
                     reply.hurry(self._patience)
                 admission = self._admission(reply)
-                if not admission.done():  # a plea that was cut short has not waited for it
-                    with contextlib.suppress(StorageError):  # it is tried again
-                        await self._mark_at_risk()
-                    with contextlib.suppress(StorageError):
-                        await asyncio.shield(admission)
-                with contextlib.suppress(StorageError):
+                with contextlib.suppress(StorageError):  # it is tried again; before what may take long
                     await self._mark_at_risk()
+                with contextlib.suppress(StorageError):  # a plea that was cut short has not waited for it
+                    await asyncio.shield(admission)
                 if reply.said:
                     await self._store(reply)
         except TimeoutError:
@@ -1565,13 +1558,8 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
     session_id = check_access(request, token_required=request.app[SETTINGS].require_session_token)
     if not is_handshake(request):
         raise HttpRefusal("upgrade_required")
-    sessions, to_be_created = request.app[SESSIONS], request.app[SETTINGS].auto_create_sessions
-    if to_be_created:
-        # A database that is away or slow keeps nobody from connecting: a lost reply may wait here for this socket.
-        with contextlib.suppress(StorageError, TimeoutError):
-            async with asyncio.timeout(CREATION_SECONDS):
-                await sessions.services.storage.create_session(session_id)
-            to_be_created = False
+    sessions = request.app[SESSIONS]
+    to_be_created = request.app[SETTINGS].auto_create_sessions and not await created(session_id, sessions.services)
     if (session := sessions.known(session_id)) is not None:
         await session.opened()
     # From here to join() nothing waits for anything, so that the count still holds.
@@ -1597,6 +1585,15 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
     finally:
         session.leave(socket, said_goodbye=said_goodbye)
     return socket.ws
+
+
+async def created(session_id: str, services: Services) -> bool:
+    """Create a session, or tell that it is still to be done: a lost reply may wait here for this socket."""
+    with contextlib.suppress(StorageError, TimeoutError):  # a database that is away or slow keeps nobody away
+        async with asyncio.timeout(CREATION_SECONDS):
+            await services.storage.create_session(session_id)
+        return True
+    return False
 
 
 def is_handshake(request: web.Request) -> bool:

@@ -69,7 +69,6 @@ class Fault(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    name: str
     setting: str  # that names it
     url: str
 
@@ -216,12 +215,12 @@ class Gemini(Counsellor):
         keepalive: float = KEEPALIVE_SECONDS,
     ) -> None:
         self._api_key = api_key
-        self._model = Model(model, "GEMINI_MODEL", f"{base_url}/models/{quote(model)}")
+        self._model = Model("GEMINI_MODEL", f"{base_url}/models/{quote(model)}")
         self._fallback: Model | None = None
         self.name = model
         if fallback_model:
             url = f"{base_url}/models/{quote(fallback_model)}"
-            self._fallback = Model(fallback_model, "GEMINI_FALLBACK_MODEL", url)
+            self._fallback = Model("GEMINI_FALLBACK_MODEL", url)
             self.name = f"{model}, fallback {fallback_model}"
         self._generation: dict[str, object] = {"maxOutputTokens": max_output_tokens}
         if thinking_level:

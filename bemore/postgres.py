@@ -95,9 +95,6 @@ class Pool:
         self._opening: asyncio.Task[None] | None = None
         self._shrinking: asyncio.TimerHandle | None = None
 
-    def __len__(self) -> int:
-        return len(self._links)
-
     async def open(self) -> None:
         """Open as many as are always there; raise what the first that fails did."""
         opened = await asyncio.gather(*(self._connect() for _ in range(MIN_CONNECTIONS)), return_exceptions=True)
@@ -170,12 +167,11 @@ class Pool:
         return any(not waiter.done() for waiter in self._waiting)
 
     async def _open_one(self) -> None:
-        if self._links:
-            await asyncio.sleep(GROW_SECONDS)
-            if not self._wanted:
-                self._opening = None
-                return
         try:
+            if self._links:
+                await asyncio.sleep(GROW_SECONDS)
+            if not self._wanted:
+                return
             link = await self._connect()
         except FAULTS as error:
             self._fail(error)
@@ -238,19 +234,25 @@ class Postgres(Storage):
         limits = self._limits
         try:
             link = await self._connect_within(limits)
-            if limits and not self._limits_kept:
-                # Some poolers take settings, and keep them away.
-                found = await link.connection.fetchval(
-                    "SELECT setting FROM pg_settings WHERE name = 'statement_timeout'"
-                )
-                self._limits_kept = found == limits["statement_timeout"]
-                self._limits = limits if self._limits_kept else {}
-            return link
         except asyncpg.ProtocolViolationError:
             if not limits:
                 raise
             self._limits = {}  # a pooler that passes no settings on
             return await self._connect_within({})
+        if limits and not self._limits_kept:
+            await self._find_limits(link, limits["statement_timeout"])
+        return link
+
+    async def _find_limits(self, link: Link, wanted: str) -> None:
+        """Find out whether the server has the time limit: some poolers take settings, and keep them away."""
+        setting = "SELECT setting FROM pg_settings WHERE name = 'statement_timeout'"
+        try:
+            self._limits_kept = await link.connection.fetchval(setting, timeout=self._timeout) == wanted
+        except BaseException:
+            link.connection.terminate()  # nobody has it yet
+            raise
+        if not self._limits_kept:
+            self._limits = {}
 
     async def _connect_within(self, limits: dict[str, str]) -> Link:
         return Link(

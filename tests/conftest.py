@@ -112,9 +112,9 @@ default_pool_size = 3
 """
 
 
-@pytest.fixture(scope="session")
-def pgbouncer(postgres_server: PostgresServer) -> Iterator[str]:
-    """The URL of a PgBouncer in transaction mode, with fewer server connections than the pool has of its own."""
+@contextlib.contextmanager
+def running_pgbouncer(postgres_server: PostgresServer, settings: str = "") -> Iterator[str]:
+    """Run a PgBouncer in transaction mode, with fewer server connections than the pool has of its own."""
     program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         assert not os.environ.get("CI"), "pgbouncer is missing"
@@ -123,7 +123,7 @@ def pgbouncer(postgres_server: PostgresServer) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="pgb") as folder:
         Path(folder).chmod(0o755)
         ini = Path(folder) / "pgbouncer.ini"
-        ini.write_text(PGBOUNCER.format(socket=postgres_server.get_uri().partition("host=")[2], port=port))
+        ini.write_text(PGBOUNCER.format(socket=postgres_server.get_uri().partition("host=")[2], port=port) + settings)
         user = ["-u", postgres_server.system_user] if postgres_server.system_user else []
         with subprocess.Popen([program, "-q", *user, ini]) as process:
             try:
@@ -135,6 +135,20 @@ def pgbouncer(postgres_server: PostgresServer) -> Iterator[str]:
                 yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
             finally:
                 process.terminate()
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres_server: PostgresServer) -> Iterator[str]:
+    """The URL of a PgBouncer that refuses a connection with settings of its own."""
+    with running_pgbouncer(postgres_server) as url:
+        yield url
+
+
+@pytest.fixture
+def pgbouncer_that_ignores(postgres_server: PostgresServer) -> Iterator[str]:
+    """The URL of a PgBouncer that takes a connection's time limit, and keeps it away from Postgres."""
+    with running_pgbouncer(postgres_server, "ignore_startup_parameters = statement_timeout\n") as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgres", "pgbouncer"])

@@ -84,6 +84,16 @@ class FaultyStorage(Storage):
     async def settled(self) -> None:
         await self.inner.settled()
 
+    def hang(self) -> asyncio.Event:
+        """Let no statement through until the event is set that is returned."""
+        free = asyncio.Event()
+
+        async def wait(_: str) -> None:
+            await free.wait()
+
+        self.wait = wait
+        return free
+
     def fail(self) -> None:
         self.fault = Unavailable("database: test")
 

@@ -474,17 +474,24 @@ async def test_a_header_that_never_ends_is_refused_before_it_takes_much_memory(s
         assert await peer.refused() == (400, "invalid_request")
 
 
-async def test_a_header_behind_another_request_has_its_limit_too(tmp_path: Path) -> None:
+@asynccontextmanager
+async def held(folder: Path) -> AsyncIterator[tuple[Server, asyncio.Event, asyncio.Event]]:
+    """A server whose statements tell that they have arrived, and wait until they may go on."""
     arrived, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait(_: str) -> None:
         arrived.set()
         await go_on.wait()
 
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    settings = make_settings(f"sqlite:///{folder}/a.db")
     storage = FaultyStorage(make_storage(settings))
     async with serve(settings, Demo(), storage) as server:
         storage.wait = wait
+        yield server, arrived, go_on
+
+
+async def test_a_header_behind_another_request_has_its_limit_too(tmp_path: Path) -> None:
+    async with held(tmp_path) as (server, arrived, go_on):
         async with knock(server.address, b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n") as peer:
             await arrived.wait()
             peer.send(b"GET /health HTTP/1.1\r\n" + b"X: " + (b"a" * 4000 + b"\r\nX: ") * 5)
@@ -496,16 +503,7 @@ async def test_a_header_behind_another_request_has_its_limit_too(tmp_path: Path)
 
 
 async def test_requests_that_wait_behind_another_share_one_limit(tmp_path: Path) -> None:
-    arrived, go_on = asyncio.Event(), asyncio.Event()
-
-    async def wait(_: str) -> None:
-        arrived.set()
-        await go_on.wait()
-
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
-    storage = FaultyStorage(make_storage(settings))
-    async with serve(settings, Demo(), storage) as server:
-        storage.wait = wait
+    async with held(tmp_path) as (server, arrived, go_on):
         request_ = b"GET /health HTTP/1.1\r\n" + HOST + b"X: %s\r\n\r\n"
         async with knock(server.address, request_ % b"a") as peer:
             await arrived.wait()
@@ -523,16 +521,7 @@ async def test_requests_that_wait_behind_another_share_one_limit(tmp_path: Path)
 
 
 async def test_what_comes_in_heaps_before_a_handshake_is_answered_is_cut_off(tmp_path: Path) -> None:
-    arrived, go_on = asyncio.Event(), asyncio.Event()
-
-    async def wait(_: str) -> None:
-        arrived.set()
-        await go_on.wait()
-
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
-    storage = FaultyStorage(make_storage(settings))
-    async with serve(settings, Demo(), storage) as server:
-        storage.wait = wait
+    async with held(tmp_path) as (server, arrived, go_on):
         async with knock(server.address, HANDSHAKE) as peer:
             await arrived.wait()
             peer.send(b"a" * (MAX_HEADER_BYTES + 8192))

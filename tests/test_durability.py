@@ -31,7 +31,16 @@ from tools import PATIENCE, open_storage, until
 
 import bemore_voice
 from bemore.postgres import MAX_CONNECTIONS, MIN_CONNECTIONS, Link, Postgres
-from bemore.storage import ADD_TURN, NewTurn, NoToken, Storage, Unavailable
+from bemore.storage import (
+    ADD_TURN,
+    CREATE_SESSION,
+    WITHDRAW_TURN,
+    NewTurn,
+    NoToken,
+    NotPermitted,
+    Storage,
+    Unavailable,
+)
 
 NOW = 1_800_000_000_000_000
 Lock = Callable[[], AbstractAsyncContextManager[None]]
@@ -615,10 +624,14 @@ async def test_a_backend_that_is_terminated_is_a_fault_like_any_other(postgres_u
     await watching.close()
 
 
-async def test_a_lock_behind_a_pooler_leaves_no_backend_waiting(pgbouncer: str, postgres_url: str) -> None:
+@pytest.mark.parametrize("pooler", ["pgbouncer", "pgbouncer_that_ignores"])
+async def test_a_lock_behind_a_pooler_leaves_no_backend_waiting(
+    request: pytest.FixtureRequest, postgres_url: str, pooler: str
+) -> None:
     """It keeps statement_timeout away, and passes on what was given up while it waited in its queue."""
+    url = request.getfixturevalue(pooler)
     locker = await asyncpg.connect(postgres_url)
-    async with Postgres(pgbouncer, 0.3) as storage:
+    async with Postgres(url, 0.3) as storage:
         await storage.create_session("s")
         before = await backends(postgres_url)
         async with locker.transaction():
@@ -657,6 +670,52 @@ async def test_a_mark_that_is_owed_is_set_before_the_process_ends(
         await ending
     async with open_storage(engine_url) as opened:
         assert (await opened.admit("가", NOW, 10)).at_risk
+
+
+async def test_a_mark_waits_for_nothing_else_that_is_owed(
+    counsellor: ScriptedCounsellor, engine_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn failed before, and its withdrawal hangs, as behind a connection that was dropped without a word."""
+    monkeypatch.setattr(bemore_voice, "STORE_SECONDS", 0.5)
+    monkeypatch.setattr(bemore_voice, "WITHDRAWAL_SECONDS", 0.1)
+    settings = make_settings(engine_url, AUTO_CREATE_SESSIONS=1)
+    storage = Mute(bemore_voice.make_storage(settings))
+    async with serve(settings, counsellor, storage) as server, server.connect() as client:
+        await client.ask("하나")
+        assert kinds_of(await client.reply())[-1] == "error"
+        gone_on = asyncio.Event()
+
+        async def hang(sql: str) -> None:
+            if sql == WITHDRAW_TURN:
+                await gone_on.wait()
+
+        storage.wait, storage.mute = hang, False
+        await client.ask("죽고 싶어요")
+        assert kinds_of(await client.reply())[-1] == "complete"
+        assert (await storage.admit("가", NOW, 6000)).at_risk
+        gone_on.set()
+
+
+async def test_a_session_that_may_not_be_made_is_forgotten(
+    counsellor: ScriptedCounsellor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody in danger spoke in it: the mark that is owed can never be set, which the log says once."""
+    for name in ("STORE_SECONDS", "SETTLE_SECONDS", "RESUME_SECONDS"):
+        monkeypatch.setattr(bemore_voice, name, 0.1)
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    storage = FaultyStorage(bemore_voice.make_storage(settings))
+
+    async def forbid(sql: str) -> None:
+        if sql == CREATE_SESSION:
+            raise NotPermitted("database: test")
+
+    storage.wait = forbid
+    async with serve(settings, counsellor, storage) as server:
+        async with server.connect() as client:
+            await client.ask("죽고 싶어요")
+            assert kinds_of(await client.reply())[-1] == "complete"
+        await until(lambda: not server.sessions)
+    assert caplog.text.count("is at risk, and has no mark") == 1
 
 
 async def test_a_turn_that_failed_is_withdrawn_before_the_process_ends(

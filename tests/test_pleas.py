@@ -201,12 +201,7 @@ async def test_it_does_not_wait_for_a_database_that_hangs(counsellor: ScriptedCo
         await client.ask("하나")
         await client.frame()
         await client.frame()
-        free = asyncio.Event()
-
-        async def hang(_: str) -> None:
-            await free.wait()
-
-        storage.wait = hang
+        free = storage.hang()
         talk.end()
         await talk.closed.wait()
         await client.silent()
@@ -224,12 +219,7 @@ async def test_several_wait_for_a_database_that_hangs_once_in_all(
     monkeypatch.setattr("bemore_voice.PLEA_WAITS_SECONDS", 2)  # and 30 if each did
     storage = FaultyStorage(make_storage(settings := make_settings(f"sqlite:///{tmp_path}/a.db")))
     async with serve(settings, counsellor, storage) as server, server.connect() as client:
-        free = asyncio.Event()
-
-        async def hang(_: str) -> None:
-            await free.wait()
-
-        storage.wait = hang
+        free = storage.hang()
         await send_together(client, *[ASK] * 15)
         for _ in range(14):
             assert kinds_of(await client.reply()) == ["begin", "chunk", "complete"]
@@ -244,12 +234,7 @@ async def test_a_cancelled_one_completes_although_the_database_hangs(
     monkeypatch.setattr("bemore_voice.STORE_SECONDS", 0.3)
     storage = FaultyStorage(make_storage(settings := make_settings(f"sqlite:///{tmp_path}/a.db")))
     async with serve(settings, counsellor, storage) as server, server.connect() as client:
-        free = asyncio.Event()
-
-        async def hang(_: str) -> None:
-            await free.wait()
-
-        storage.wait = hang
+        free = storage.hang()
         await send_together(client, ASK, CANCEL)
         frames = await client.reply()
         assert kinds_of(frames) == ["begin", "chunk", "complete"]

@@ -423,8 +423,9 @@ async def test_a_stop_at_any_moment_leaves_no_request_without_its_end(
     caplog.set_level("INFO", "bemore_voice")
     monkeypatch.setattr("bemore_voice.SETTLE_SECONDS", 0.1)
     monkeypatch.setattr("bemore_voice.DRAIN_SECONDS", 0.3)
+    counts = Counts(monkeypatch)
     for seeds in batches()[:4]:
-        async with running(tmp_path, Counts(monkeypatch)) as (house, _):
+        async with running(tmp_path, counts) as (house, _):
             schedules = [Schedule(seed, house) for seed in seeds]
 
             async def run(schedule: Schedule) -> None:
