@@ -127,9 +127,10 @@ async def eventually(happened: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def is_listening(port: int) -> bool:
+    """Tell whether a port takes connections; a listener that closes resets those that were not accepted yet."""
     try:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except ConnectionRefusedError:
+    except ConnectionError:
         return False
     writer.close()
     return True
