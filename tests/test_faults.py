@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from standin import Answer, GeminiStandIn, event, status, stream
+from standin import Answer, GeminiStandIn, event, reset_after, silent_after, status, stream
 from support import (
     CANARY,
     Client,
@@ -25,7 +25,6 @@ from support import (
     serve,
     text_of,
 )
-from test_gemini import reset_after, silent_after
 from tools import until
 
 from bemore.care import BLOCKED_REPLY
@@ -308,7 +307,7 @@ async def test_a_failed_insert_is_stored_once_when_nobody_knows_whether_it_was(
     class Forgetful(FaultyStorage):
         lost = 2
 
-        async def _fetch(self, sql: str, *values: object) -> Any:
+        async def fetch(self, sql: str, *values: object) -> Any:
             rows = await super().fetch(sql, *values)
             if "INSERT INTO conversations" in sql and self.lost:
                 self.lost -= 1
@@ -326,6 +325,7 @@ async def test_a_failed_insert_is_stored_once_when_nobody_knows_whether_it_was(
         for _ in range(2):
             await client.ask("같은 말")
             assert kinds_of(await client.reply())[-1] == "complete"
+        assert storage.lost == 0, "each fault happened"
         assert len(await server.rows()) == 2
 
 
