@@ -116,9 +116,9 @@ class Talk:
             self._words.put_nowait(word)
         return self
 
-    def notice(self) -> Self:
-        """Tell the server that the person is in danger."""
-        self._words.put_nowait(Notice.RISK)
+    def notice(self, notice: Notice = Notice.SELF) -> Self:
+        """Tell the server that the person is in danger, or a danger to others."""
+        self._words.put_nowait(notice)
         return self
 
     def end(self) -> Self:
