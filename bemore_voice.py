@@ -56,7 +56,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from bemore import access
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, SHORT, Signal, signal_in
-from bemore.counsellor import RISK_MARKER, Blocked, Counsellor, Emotion, Failed, Notice, Prompt
+from bemore.counsellor import Blocked, Counsellor, Emotion, Failed, Notice, Prompt
 from bemore.demo import Demo
 from bemore.door import Connection, Door
 from bemore.gemini import Gemini
@@ -354,10 +354,10 @@ GUIDANCE = {
 }
 
 # The second net: the model sees what no list of words can.
-MARKER_PROMPT = f"""
-상대의 말이, 지금까지의 대화에 비추어, 자살이나 자해의 위험 또는 누군가를 해칠 위험을 보인다면 답의 맨 처음에 \
-{RISK_MARKER} 라고만 적고 이어서 답하세요. 괄호는 이 표시에만 씁니다. 그 자리에서 앱이 상담전화 109와 119를 음성으로 \
-안내하니, 그때는 번호를 되풀이하지 마세요. 위험한 신호가 없으면 절대 적지 마세요.
+MARKER_PROMPT = """
+상대의 말이, 지금까지의 대화에 비추어, 자살이나 자해의 위험을 보인다면 답의 맨 처음에 [[위험]] 이라고, \
+누군가를 해칠 위험을 보인다면 [[위협]] 이라고만 적고 이어서 답하세요. 괄호는 이 표시에만 씁니다. 그 자리에서 앱이 \
+상담전화 번호를 음성으로 안내하니, 그때는 번호를 되풀이하지 마세요. 위험한 신호가 없으면 절대 적지 마세요.
 """
 
 # In place of the emotion's guidance, which would contradict it: in the turn in which the app has just named a helpline,
@@ -1153,7 +1153,8 @@ class Session:
                 if room <= 0:
                     raise LongEnough
             elif not reply.helpline_named:
-                pace.add(self._prepared(Signal.EXPLICIT), at_once=True)
+                danger = Signal.VIOLENCE if piece is Notice.OTHERS else Signal.EXPLICIT
+                pace.add(self._prepared(danger), at_once=True)
                 reply.noticed = True
 
         try:

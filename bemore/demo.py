@@ -64,7 +64,7 @@ REPLIES = {
 class Demo(Counsellor):
     """A canned counsellor; it says so in its first reply."""
 
-    name = "demo"
+    name = kind = "demo"
 
     async def reply(self, prompt: Prompt, say: Say) -> None:
         for number, word in enumerate(demo_reply(prompt).split(" ")):

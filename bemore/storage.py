@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import aiosqlite
 
-from bemore.counsellor import Turn
+from bemore.counsellor import PastTurn
 
 logger = logging.getLogger("bemore_voice")
 
@@ -132,7 +132,7 @@ class Admission:
     """What a session may go on with: whether it is at risk, and its last turns, the oldest first."""
 
     at_risk: bool
-    history: list[Turn]
+    history: list[PastTurn]
 
 
 class Storage(ABC):
@@ -178,7 +178,7 @@ class Storage(ABC):
             full_at = await self._full_at(session_id, now_us + bucket)
             raise NoToken(max(1, -(-(full_at + refill - bucket - now_us) // 1000)))
         ((marked, last),) = taken
-        return Admission(bool(marked), [Turn(*said) for said in sorted(json.loads(last or "[]"))])
+        return Admission(bool(marked), [PastTurn(*said) for said in sorted(json.loads(last or "[]"))])
 
     async def _full_at(self, session_id: str, latest: int) -> int:
         """Return when the bucket is full; one that says later than any can was left by a clock, and counts as empty."""

@@ -157,9 +157,9 @@ class Talk:
         """Wait until the server has been told all that was said so far."""
         await self._words.join()
 
-    def notice(self) -> Self:
-        """Tell the server that the person is in danger."""
-        self._words.put_nowait(Notice.RISK)
+    def notice(self, notice: Notice = Notice.SELF) -> Self:
+        """Tell the server that the person is in danger, or a danger to others."""
+        self._words.put_nowait(notice)
         return self
 
     def end(self) -> Self:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bemore.care import Signal
-from bemore.counsellor import RISK_MARKER, Emotion
+from bemore.counsellor import MARKERS, Emotion
 from bemore_voice import BASE_PROMPT, FEELINGS, GUIDANCE, MARKER_PROMPT, system_prompt
 
 # Of every turn: calm, at risk, and after each prepared sentence.
@@ -51,4 +51,6 @@ def test_a_prompt_keeps_to_its_own_rules(prompt: str) -> None:
     assert "전문 심리" not in prompt
     assert prompt.count("인공지능 상담사") == 1
     assert not re.search(r"[A-Za-z()*\\]|  |\n\n\n", prompt)
-    assert "[" not in prompt.replace(RISK_MARKER, "")
+    for marker in MARKERS:
+        prompt = prompt.replace(marker, "")
+    assert "[" not in prompt

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 from tools import open_storage
 
-from bemore.counsellor import Turn
+from bemore.counsellor import PastTurn
 from bemore.storage import Admission, NewTurn, NoToken, NotPermitted, Storage, StorageError, Unavailable, UnknownSession
 
 NOW = 1_800_000_000_000_000
@@ -66,7 +66,7 @@ async def test_history_is_the_last_ten_turns_oldest_first(storage: Storage) -> N
         await storage.add_turn("s", turn(f"말 {number}", f"답 {number}", timestamp=100 - number))
     history = (await storage.admit("s", NOW, 10)).history
     assert [(turn.user_message, turn.ai_response) for turn in history] == [(f"말 {n}", f"답 {n}") for n in range(2, 12)]
-    assert isinstance(history[0], Turn)
+    assert isinstance(history[0], PastTurn)
 
 
 async def test_a_turn_that_is_stored_again_is_stored_once(storage: Storage) -> None:
