@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14", "aiosqlite>=0.20", "asyncpg>=0.30", "PyJWT>=2.10", "python-dotenv>=1.0"]
+# dependencies = ["aiohttp>=3.14", "aiosqlite>=0.22,<1", "asyncpg>=0.32,<1", "PyJWT>=2.10", "python-dotenv>=1.0"]
 # ///
 """BeMore voice: the server behind a voice counselling app for Korean speakers.
 
@@ -61,11 +61,12 @@ from bemore.demo import Demo
 from bemore.door import Connection, Door
 from bemore.gemini import Gemini
 from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
+from bemore.sqlite import SQLite
 from bemore.storage import (
+    CannotStart,
     NewTurn,
     NoToken,
     NotPermitted,
-    SQLite,
     Storage,
     StorageError,
     Unavailable,
@@ -1108,9 +1109,7 @@ class Session:
         with contextlib.suppress(Unavailable, TimeoutError):  # what was given up may not be over for long
             async with asyncio.timeout(WITHDRAWAL_SECONDS):
                 await self._withdraw()
-        admission = await services.storage.admit(
-            self.id, services.now_us(), services.requests_per_minute, at_risk=self._at_risk
-        )
+        admission = await services.storage.admit(self.id, services.now_us(), services.requests_per_minute, create=False)
         self._at_risk |= admission.at_risk
         self._at_risk_marked |= admission.at_risk
         instruction = system_prompt(utterance.emotion, now=reply.signal, at_risk=self._at_risk)
@@ -1124,19 +1123,14 @@ class Session:
 
     async def _withdraw(self) -> None:
         """Remove what was stored after all of turns that failed for the person."""
-        for key in list(self._withdrawn):
-            try:
-                await self._services.storage.withdraw_turn(self.id, key)
-            except NotPermitted as error:  # it will not be the next time either
-                logger.warning("session=%s a turn that failed may be stored: %s", anonymous(self.id), error.cause)
-            self._withdrawn = [other for other in self._withdrawn if other != key]
+        self._withdrawn.clear()  # the storage withdraws no turns any more
 
     async def _mark_at_risk(self) -> None:
         """Note in the database that the session is at risk, where it is; an unknown one has nothing to be noted of."""
         if self._unmarked:
             try:
                 await self._exist()
-                await self._services.storage.mark_at_risk(self.id)
+                await self._services.storage.mark_at_risk(self.id, create=False)
             except NotPermitted as error:  # it will not be the next time either
                 logger.warning("session=%s is at risk, and has no mark: %s", anonymous(self.id), error.cause)
             self._at_risk_marked = True
@@ -1738,8 +1732,8 @@ async def open_services(app: web.Application) -> AsyncIterator[None]:
     services = app[SESSIONS].services
     try:
         await services.storage.__aenter__()
-    except Unavailable as error:
-        raise ConfigError(f"DATABASE_URL: cannot use {services.storage.where} ({error.cause})") from None
+    except CannotStart as error:
+        raise ConfigError(f"DATABASE_URL: {error}") from None
     try:
         async with services.counsellor:
             yield
@@ -1890,7 +1884,7 @@ async def serve(settings: Settings) -> None:
                 loop.add_signal_handler(number, stop.set)
         host, port = runner.addresses[0][:2]
         services = runner.app[SESSIONS].services
-        where = services.storage.where
+        where = services.storage.description
         answers = "demo mode, replies are canned" if settings.demo else f"model {services.counsellor.name}"
         gc.freeze()  # what the imports made stays for good: without it full collections are cheap, and come in time
         logger.info("BeMore voice %s on http://%s:%d, %s, %s", __version__, host, port, where, answers)

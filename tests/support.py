@@ -60,7 +60,7 @@ class FaultyStorage(Storage):
 
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
-        self.where = inner.where
+        self.description = inner.description
         self.fault: Unavailable | None = None
         self.broken: set[object] = set()  # sessions for which the database does not answer
         self.wait: Callable[[str], Awaitable[None]] | None = None
@@ -73,16 +73,13 @@ class FaultyStorage(Storage):
     async def __aexit__(self, *_: object) -> None:
         await self.inner.__aexit__()
 
-    async def fetch(self, sql: str, *values: object) -> Sequence[Any]:
+    async def _run(self, sql: str, values: Sequence[object], *, create: bool) -> Sequence[Any]:
         self.statements.append(sql)
         if self.wait is not None:
             await self.wait(sql)
         if self.fault is not None or self.broken.intersection(values[:1]):
             raise self.fault or Unavailable("database: test")
-        return await self.inner.fetch(sql, *values)
-
-    async def settled(self) -> None:
-        await self.inner.settled()
+        return await self.inner.fetch(sql, *values, create=create)
 
     def hang(self) -> asyncio.Event:
         """Let no statement through until the event is set that is returned."""

@@ -17,6 +17,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "demo": {"counsellor"},
     "gemini": {"counsellor"},
     "storage": {"counsellor"},
+    "sqlite": {"counsellor", "storage"},
     "postgres": {"counsellor", "storage"},
 }
 LOAD = """

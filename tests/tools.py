@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from bemore.postgres import Postgres
-from bemore.storage import SQLite, Storage
+from bemore.sqlite import SQLite
+from bemore.storage import Storage
 
 PATIENCE = 20  # seconds that a test waits for anything before it fails
 
