@@ -29,6 +29,7 @@ was lost is kept for 35 s.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import contextlib
@@ -60,6 +61,7 @@ from bemore.counsellor import RISK_MARKER, Blocked, Counsellor, Emotion, Failed,
 from bemore.demo import Demo
 from bemore.door import Connection, Door
 from bemore.gemini import Gemini
+from bemore.retention import keep_erasing
 from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
 from bemore.sqlite import SQLite
 from bemore.storage import (
@@ -1716,6 +1718,7 @@ def create_app(
     app[LOCAL] = access.is_loopback(settings.host)
     app[NEW_SESSIONS] = access.AddressLimit(settings.max_new_sessions_per_minute, monotonic)
     app.cleanup_ctx.append(open_services)
+    app.cleanup_ctx.append(erase_old_sessions)
     app.on_response_prepare.append(add_headers)
     app.router.add_get(r"/ws/session/{session_id:[\s\S]*}", session_socket, allow_head=False)
     app.router.add_post("/api/sessions", make_session)
@@ -1739,6 +1742,16 @@ async def open_services(app: web.Application) -> AsyncIterator[None]:
             yield
     finally:
         await services.storage.__aexit__()
+
+
+async def erase_old_sessions(app: web.Application) -> AsyncIterator[None]:
+    """Erase sessions older than KEEP_DAYS while the server runs."""
+    stop, days = asyncio.Event(), app[SETTINGS].keep_days
+    task = asyncio.create_task(keep_erasing(app[SESSIONS].services.storage, days, stop)) if days else None
+    yield
+    stop.set()
+    if task is not None:
+        await task
 
 
 class Runner(web.AppRunner):
@@ -1893,11 +1906,35 @@ async def serve(settings: Settings) -> None:
         await runner.cleanup()
 
 
+async def erase(settings: Settings, session_id: str) -> int:
+    """Erase one session for an operator, also while the server runs; return the exit status."""
+    try:
+        async with make_storage(settings) as storage:
+            await storage.delete_session(session_id)
+    except CannotStart as error:
+        raise ConfigError(f"DATABASE_URL: {error}") from None
+    except UnknownSession:
+        print(f"bemore_voice: {storage.description} has no such session")  # noqa: T201
+        return 1
+    except Unavailable as error:
+        print(f"bemore_voice: not erased ({error.cause})")  # noqa: T201
+        return 1
+    print(f"bemore_voice: erased the session from {storage.description}")  # noqa: T201
+    return 0
+
+
 def main() -> int:
-    """Read the settings and serve; return the exit status."""
+    """Read the settings and serve, or erase one session; return the exit status."""
+    parser = argparse.ArgumentParser(prog="bemore_voice.py", description="A counselling server on one WebSocket.")
+    parser.add_argument(
+        "--erase", metavar="SESSION_ID", help="erase one session, and end (--erase=ID for an id that begins with -)"
+    )
+    session_id = parser.parse_args().erase
     try:
         settings = read_settings({**read_dotenv(), **os.environ})
         configure_logging(settings.log_level)
+        if session_id is not None:
+            return asyncio.run(erase(settings, session_id))
         asyncio.run(serve(settings))
     except ConfigError as error:
         print(f"bemore_voice: {error}", file=sys.stderr)  # noqa: T201

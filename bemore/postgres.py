@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import asyncpg
 
+from bemore.database_url import DatabaseUrl, parse_database_url
+from bemore.postgres_start import FAULTS, passes, prepare_tables, qualified, reason
 from bemore.storage import (
     CREATE_SESSION,
     ERASE_OLD,
     OF_SESSION,
-    SCHEMA,
     CannotStart,
     NotPermitted,
     Storage,
@@ -29,10 +29,11 @@ MIN_CONNECTIONS, MAX_CONNECTIONS = 5, 20
 # An idle connection is replaced after this, before a NAT or a load balancer drops it without a word.
 IDLE_SECONDS = 30
 CLOSE_SECONDS = 2
+START_SECONDS, RETRY_SECONDS = 30, 0.25  # for a server that starts at the same moment, or wakes
+BUSY_SECONDS = 0.02  # between two tries to get a connection from a server that lends only a few
 
-# Any constants will do. Replicas that start together on an empty database, or erase old sessions, take turns by them.
-SCHEMA_LOCK, ERASE_LOCK = 0x62656D6F7265, 0x62656D6F7266
-FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
+# Any constant will do. Replicas that erase old sessions take turns by it.
+ERASE_LOCK = 0x62656D6F7266
 
 
 def creating(sql: str) -> str:
@@ -46,9 +47,6 @@ def one_at_a_time(sql: str) -> str:
     return sql.replace("WHERE", f"WHERE (SELECT pg_try_advisory_xact_lock({ERASE_LOCK})) AND", 1)
 
 
-STATEMENTS = {ERASE_OLD: one_at_a_time(ERASE_OLD)}
-
-
 class Postgres(Storage):
     """A pool of connections.
 
@@ -56,42 +54,68 @@ class Postgres(Storage):
     its own.
     """
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, start_seconds: float = START_SECONDS) -> None:
         self._url = url
         self._timeout = timeout  # seconds for one statement
+        self._start_seconds = start_seconds
+        self._schema = ""
         self._pool: asyncpg.Pool | None = None
         self._releasing: set[asyncio.Task[None]] = set()
-        parts = urlsplit(url)
-        self.description = f"Postgres {parts.netloc.rpartition('@')[2] or '(local socket)'}{parts.path}"
+        self._spelled: dict[tuple[str, bool], str] = {}
+        self.description = "Postgres"
 
     async def __aenter__(self) -> Self:
+        url = parse_database_url(self._url)
+        self.description, self._schema = f"Postgres {url.place}", url.schema
+        if url.unknown:
+            logger.warning("DATABASE_URL: unknown parameters are passed over: %s", " ".join(url.unknown))
+        self._pool = await self._connect(url)
         try:
-            self._pool = await asyncpg.create_pool(
-                self._url,
-                min_size=MIN_CONNECTIONS,
-                max_size=MAX_CONNECTIONS,
-                max_inactive_connection_lifetime=IDLE_SECONDS,
-                reset=keep_as_it_is,
-                timeout=self._timeout,
-                command_timeout=self._timeout,
-                statement_cache_size=0,
-            )
-            await self._apply_schema()
-        except (*FAULTS, ValueError) as error:
+            async with self._pool.acquire() as connection:
+                await prepare_tables(connection, url.schema)
+        except FAULTS as error:
             await self.__aexit__()
-            raise CannotStart(f"cannot use {self.description} ({type(error).__name__})") from None
+            raise CannotStart(reason(error, url.place)) from None
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
-    async def _apply_schema(self) -> None:
-        """Apply schema.sql where something is missing: it locks tables, which other replicas may be using."""
-        with contextlib.suppress(Unavailable):
-            await self.ping()
-            return
-        schema = SCHEMA.read_text(encoding="utf-8")
-        assert self._pool is not None
-        async with self._pool.acquire() as connection:
-            # Without arguments it is one simple query, and so one transaction, which the lock lasts for.
-            await connection.execute(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK});\n{schema}", timeout=600)
+    async def _connect(self, url: DatabaseUrl) -> asyncpg.Pool:
+        """Open the pool, and wait for a server that starts or has no connection to lend."""
+        deadline = time.monotonic() + self._start_seconds
+        waiting = False
+        while True:
+            try:
+                return await self._open_pool(url.for_asyncpg)
+            except (*FAULTS, ValueError) as error:
+                why = reason(error, url.place)
+                if not passes(error) or time.monotonic() >= deadline:
+                    raise CannotStart(why) from None
+            if not waiting:
+                logger.info("DATABASE_URL: waiting up to %.0f s: %s", self._start_seconds, why)
+                waiting = True
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _open_pool(self, dsn: str) -> asyncpg.Pool:
+        try:
+            return await self._pool_of(dsn, MIN_CONNECTIONS)
+        except asyncpg.PostgresError:
+            pool = await self._pool_of(dsn, 1)
+        logger.info("%s: lends fewer than %d connections at present", self.description, MIN_CONNECTIONS)
+        return pool
+
+    async def _pool_of(self, dsn: str, least: int) -> asyncpg.Pool:
+        return await asyncpg.create_pool(
+            dsn,
+            min_size=least,
+            max_size=MAX_CONNECTIONS,
+            max_inactive_connection_lifetime=IDLE_SECONDS,
+            reset=keep_as_it_is,
+            timeout=self._timeout,
+            command_timeout=self._timeout,
+            statement_cache_size=0,
+        )
 
     async def __aexit__(self, *_: object) -> None:
         if self._pool is not None:
@@ -103,13 +127,12 @@ class Postgres(Storage):
                 pool.terminate()
 
     async def _run(self, sql: str, values: Sequence[object], *, create: bool) -> Sequence[Any]:
-        sql = creating(sql) if create else STATEMENTS.get(sql, sql)
         assert self._pool is not None
         try:
             async with asyncio.timeout(self._timeout):
-                connection = await self._pool.acquire()
+                connection = await self._acquire(self._pool)
                 try:
-                    rows: Sequence[Any] = await connection.fetch(sql, *values)
+                    rows: Sequence[Any] = await connection.fetch(self._spell(sql, create), *values)
                 finally:
                     self._release_later(connection)
                 return rows
@@ -122,6 +145,22 @@ class Postgres(Storage):
                 # The path to the server may be gone, and all connections with it.
                 await self._pool.expire_connections()
             raise Unavailable(f"database: {type(error).__name__}") from None
+
+    async def _acquire(self, pool: asyncpg.Pool) -> Any:
+        while True:
+            try:
+                return await pool.acquire()
+            except asyncpg.PostgresError:
+                if not pool.get_size():
+                    raise
+            # The server lends no more connections than these: wait for one of them.
+            await asyncio.sleep(BUSY_SECONDS)
+
+    def _spell(self, sql: str, create: bool) -> str:
+        if (sql, create) not in self._spelled:
+            spelled = creating(sql) if create else one_at_a_time(sql) if sql == ERASE_OLD else sql
+            self._spelled[sql, create] = qualified(spelled, self._schema)
+        return self._spelled[sql, create]
 
     def _release_later(self, connection: Any) -> None:
         """Return a connection to the pool, which first waits for the end of a statement that was given up."""

@@ -15,6 +15,7 @@ from typing import Any, Self
 import aiosqlite
 
 from bemore.storage import CREATE_SESSION, SCHEMA, CannotStart, Storage, Unavailable, UnknownSession
+from bemore.tables import NEEDED, missing_column
 
 logger = logging.getLogger("bemore_voice")
 
@@ -76,8 +77,15 @@ class SQLite(Storage):
         await self._empty_log()  # a process that was killed may have left there what it erased
 
     async def _apply_schema(self, db: aiosqlite.Connection) -> None:
-        """Apply schema.sql in SQLite's spelling, in one transaction."""
+        """Apply schema.sql in SQLite's spelling, in one transaction; a table of another program is not altered."""
         await db.execute("BEGIN IMMEDIATE")
+        for table in NEEDED:
+            columns = await self._columns(db, table)
+            if columns and (missing := missing_column(table, columns)) is not None:
+                raise CannotStart(
+                    f"{self._path} belongs to another program: its table {table} has no column {missing}."
+                    " Name another file"
+                )
         for statement in respelled(re.sub("--.*", "", SCHEMA.read_text(encoding="utf-8")), SCHEMA_SPELLINGS).split(";"):
             if added := ADD_COLUMN.search(statement):
                 table, column, definition = added.groups()
@@ -87,8 +95,8 @@ class SQLite(Storage):
                 await db.execute(statement)
         await db.execute("COMMIT")
 
-    async def _columns(self, db: aiosqlite.Connection, table: str) -> list[str]:
-        return [row[0] for row in await db.execute_fetchall("SELECT name FROM pragma_table_info($1)", {"1": table})]
+    async def _columns(self, db: aiosqlite.Connection, table: str) -> set[str]:
+        return {row[0] for row in await db.execute_fetchall("SELECT name FROM pragma_table_info($1)", {"1": table})}
 
     async def __aexit__(self, *_: object) -> None:
         if self._connection is not None:

@@ -20,7 +20,7 @@ logger = logging.getLogger("bemore_voice")
 SCHEMA = Path(__file__).parent.parent / "schema.sql"
 HISTORY_TURNS = 10
 CLOCK_SKEW_US = 10_000_000  # the most by which the clocks of two replicas may differ
-ERASE_BATCH = 100  # sessions that one statement erases, so that other statements do not wait for long
+ERASE_BATCH = 20  # sessions that one statement erases, so that other statements do not wait for long
 
 # Errors
 

@@ -285,7 +285,7 @@ async def test_sessions_that_another_service_owns_are_only_read(postgres_url: st
 
 async def test_postgres_that_is_not_there_fails_by_name_without_the_password() -> None:
     url = "postgresql://someone:hush-hush@127.0.0.1:9/db"
-    with pytest.raises(CannotStart, match="127.0.0.1:9/db") as caught:
+    with pytest.raises(CannotStart, match=r"127\.0\.0\.1:9/db") as caught:
         async with open_storage(url):
             pass
     assert "hush" not in json.dumps([str(caught.value), repr(caught.value.__context__)])

@@ -19,4 +19,4 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 def open_storage(url: str, timeout: float = 5) -> Storage:
-    return SQLite(url, timeout) if url.startswith("sqlite:") else Postgres(url, timeout)
+    return SQLite(url, timeout) if url.startswith("sqlite:") else Postgres(url, timeout, start_seconds=0)
