@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14", "aiosqlite>=0.20", "asyncpg>=0.30", "PyJWT>=2.10", "python-dotenv>=1.0"]
+# dependencies = ["aiohttp>=3.14", "aiosqlite>=0.22,<1", "asyncpg>=0.32,<1", "PyJWT>=2.10", "python-dotenv>=1.0"]
 # ///
 """BeMore voice: the server behind a voice counselling app for Korean speakers.
 
@@ -29,6 +29,7 @@ was lost is kept for 35 s.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import contextlib
@@ -60,12 +61,14 @@ from bemore.counsellor import Blocked, Counsellor, Emotion, Failed, Notice, Prom
 from bemore.demo import Demo
 from bemore.door import Connection, Door
 from bemore.gemini import Gemini
+from bemore.retention import keep_erasing
 from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
+from bemore.sqlite import SQLite
 from bemore.storage import (
+    CannotStart,
     NewTurn,
     NoToken,
     NotPermitted,
-    SQLite,
     Storage,
     StorageError,
     Unavailable,
@@ -1126,9 +1129,7 @@ class Session:
         with contextlib.suppress(Unavailable, TimeoutError):  # what was given up may not be over for long
             async with asyncio.timeout(WITHDRAWAL_SECONDS):
                 await self._withdraw()
-        admission = await services.storage.admit(
-            self.id, services.now_us(), services.requests_per_minute, at_risk=self._at_risk
-        )
+        admission = await services.storage.admit(self.id, services.now_us(), services.requests_per_minute, create=False)
         self._at_risk |= admission.at_risk
         self._at_risk_marked |= admission.at_risk
         instruction = system_prompt(utterance.emotion, now=reply.signal, at_risk=self._at_risk)
@@ -1142,19 +1143,14 @@ class Session:
 
     async def _withdraw(self) -> None:
         """Remove what was stored after all of turns that failed for the person."""
-        for key in list(self._withdrawn):
-            try:
-                await self._services.storage.withdraw_turn(self.id, key)
-            except NotPermitted as error:  # it will not be the next time either
-                logger.warning("session=%s a turn that failed may be stored: %s", anonymous(self.id), error.cause)
-            self._withdrawn = [other for other in self._withdrawn if other != key]
+        self._withdrawn.clear()  # the storage withdraws no turns any more
 
     async def _mark_at_risk(self) -> None:
         """Note in the database that the session is at risk, where it is; an unknown one has nothing to be noted of."""
         if self._unmarked:
             try:
                 await self._exist()
-                await self._services.storage.mark_at_risk(self.id)
+                await self._services.storage.mark_at_risk(self.id, create=False)
             except NotPermitted as error:  # it will not be the next time either
                 logger.warning("session=%s is at risk, and has no mark: %s", anonymous(self.id), error.cause)
             self._at_risk_marked = True
@@ -1741,6 +1737,7 @@ def create_app(
     app[LOCAL] = access.is_loopback(settings.host)
     app[NEW_SESSIONS] = access.AddressLimit(settings.max_new_sessions_per_minute, monotonic)
     app.cleanup_ctx.append(open_services)
+    app.cleanup_ctx.append(erase_old_sessions)
     app.on_response_prepare.append(add_headers)
     app.router.add_get(r"/ws/session/{session_id:[\s\S]*}", session_socket, allow_head=False)
     app.router.add_post("/api/sessions", make_session)
@@ -1757,13 +1754,23 @@ async def open_services(app: web.Application) -> AsyncIterator[None]:
     services = app[SESSIONS].services
     try:
         await services.storage.__aenter__()
-    except Unavailable as error:
-        raise ConfigError(f"DATABASE_URL: cannot use {services.storage.where} ({error.cause})") from None
+    except CannotStart as error:
+        raise ConfigError(f"DATABASE_URL: {error}") from None
     try:
         async with services.counsellor:
             yield
     finally:
         await services.storage.__aexit__()
+
+
+async def erase_old_sessions(app: web.Application) -> AsyncIterator[None]:
+    """Erase sessions older than KEEP_DAYS while the server runs."""
+    stop, days = asyncio.Event(), app[SETTINGS].keep_days
+    task = asyncio.create_task(keep_erasing(app[SESSIONS].services.storage, days, stop)) if days else None
+    yield
+    stop.set()
+    if task is not None:
+        await task
 
 
 class Runner(web.AppRunner):
@@ -1909,7 +1916,7 @@ async def serve(settings: Settings) -> None:
                 loop.add_signal_handler(number, stop.set)
         host, port = runner.addresses[0][:2]
         services = runner.app[SESSIONS].services
-        where = services.storage.where
+        where = services.storage.description
         answers = "demo mode, replies are canned" if settings.demo else f"model {services.counsellor.name}"
         gc.freeze()  # what the imports made stays for good: without it full collections are cheap, and come in time
         logger.info("BeMore voice %s on http://%s:%d, %s, %s", __version__, host, port, where, answers)
@@ -1918,11 +1925,35 @@ async def serve(settings: Settings) -> None:
         await runner.cleanup()
 
 
+async def erase(settings: Settings, session_id: str) -> int:
+    """Erase one session for an operator, also while the server runs; return the exit status."""
+    try:
+        async with make_storage(settings) as storage:
+            await storage.delete_session(session_id)
+    except CannotStart as error:
+        raise ConfigError(f"DATABASE_URL: {error}") from None
+    except UnknownSession:
+        print(f"bemore_voice: {storage.description} has no such session")  # noqa: T201
+        return 1
+    except Unavailable as error:
+        print(f"bemore_voice: not erased ({error.cause})")  # noqa: T201
+        return 1
+    print(f"bemore_voice: erased the session from {storage.description}")  # noqa: T201
+    return 0
+
+
 def main() -> int:
-    """Read the settings and serve; return the exit status."""
+    """Read the settings and serve, or erase one session; return the exit status."""
+    parser = argparse.ArgumentParser(prog="bemore_voice.py", description="A counselling server on one WebSocket.")
+    parser.add_argument(
+        "--erase", metavar="SESSION_ID", help="erase one session, and end (--erase=ID for an id that begins with -)"
+    )
+    session_id = parser.parse_args().erase
     try:
         settings = read_settings({**read_dotenv(), **os.environ})
         configure_logging(settings.log_level)
+        if session_id is not None:
+            return asyncio.run(erase(settings, session_id))
         asyncio.run(serve(settings))
     except ConfigError as error:
         print(f"bemore_voice: {error}", file=sys.stderr)  # noqa: T201
