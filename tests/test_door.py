@@ -15,12 +15,13 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from support import SECRET, FaultyStorage, Server, logged, make_settings, serve, started, text_of
 from tools import PATIENCE, until
 
+from bemore.api import HTTP_ERRORS
 from bemore.care import FIRST, Signal
 from bemore.counsellor import Emotion
 from bemore.demo import Demo
 from bemore.door import MAX_HEADER_BYTES, SPARE_CONNECTIONS, Connection, Door, FrameWatch
 from bemore.storage import CREATE_SESSION, NewTurn
-from bemore_voice import FRAMES_AT_ONCE, HTTP_ERRORS, make_storage
+from bemore_voice import FRAMES_AT_ONCE, make_storage
 
 HOST = b"Host: 127.0.0.1\r\n"
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"

@@ -17,9 +17,10 @@ from support import SECRET, FaultyStorage, ScriptedCounsellor, Server, make_sett
 from tools import PATIENCE, until
 from yarl import URL
 
+from bemore.api import HTTP_ERRORS
 from bemore.demo import Demo
 from bemore.door import Door
-from bemore_voice import HTTP_ERRORS, __version__, make_storage
+from bemore_voice import __version__, make_storage
 
 
 async def refused(server: Server, path: str, **options: Any) -> tuple[int, str]:
@@ -244,7 +245,7 @@ async def raw(server: Server, request: bytes) -> tuple[asyncio.StreamReader, asy
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bemore_voice.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("bemore.api.BODY_SECONDS", 0.2)
     head = b"POST /api/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\nslow"
     reader, writer = await raw(server, head)
     async with asyncio.timeout(PATIENCE):

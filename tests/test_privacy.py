@@ -35,8 +35,9 @@ from yarl import URL
 from bemore.care import FIRST, Signal
 from bemore.counsellor import Emotion
 from bemore.demo import Demo
+from bemore.log import LogFormatter, StrayExceptionLog
 from bemore.storage import ADD_TURN, DELETE_SESSION, SCHEMA, NewTurn
-from bemore_voice import SESSIONS, LogFormatter, StrayExceptionLog, make_counsellor, make_storage, system_prompt
+from bemore_voice import SESSIONS, make_counsellor, make_storage, system_prompt
 
 PLEA = "이제 정말 죽고 싶어요"
 
