@@ -1,6 +1,12 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14", "aiosqlite>=0.20", "asyncpg>=0.30", "PyJWT>=2.10", "python-dotenv>=1.0"]
+# dependencies = [
+#     "aiohttp>=3.14.5,<4",
+#     "aiosqlite>=0.20,<1",
+#     "asyncpg>=0.30,<1",
+#     "PyJWT>=2.15.1,<3",
+#     "python-dotenv>=1.2.2,<2",
+# ]
 # ///
 """BeMore voice: the server behind a voice counselling app for Korean speakers.
 
@@ -18,12 +24,12 @@ Where to find what, from top to bottom
     Application   create_app() wires the parts that it is given
     Entry point   settings, log, signals
 
-The rest lies in bemore/; each module is readable alone: api (the HTTP routes), log, settings, door, access, care,
-counsellor, gemini, demo, storage, postgres.
+The rest lies in bemore/; each module is readable alone: api (the HTTP routes), log, settings, connections, access,
+care, counsellor, gemini, demo, storage, postgres.
 
 Limits: 2,000 characters a message, 64 KiB a frame (close code 1009), 16 frames waiting in a session and, from a socket,
-60 at once and 10 a second (1008), 8 sockets a session (429), MAX_CONNECTIONS in all (503), 16 KiB and 10 s a header,
-60 s a request, MAX_NEW_SESSIONS_PER_MINUTE an address (429), MAX_AI_REQUESTS_PER_MINUTE a session. A reply whose socket
+60 at once and 10 a second (1008), 8 sockets a session (429), MAX_CONNECTIONS in all (503), 10 s for a first header,
+MAX_NEW_SESSIONS_PER_MINUTE an address (429), MAX_AI_REQUESTS_PER_MINUTE a session. A reply whose socket
 was lost is kept for 35 s.
 """
 
@@ -49,11 +55,11 @@ import aiohttp
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from bemore import access
-from bemore.api import API, MAX_BODY_BYTES, Api, HttpRefusal, ModelHealth, add_routes, check_access, status_answer
+from bemore.api import API, MAX_BODY_BYTES, Api, HttpRefusal, ModelHealth, add_routes, check_access
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, SHORT, Signal, signal_in
+from bemore.connections import LimitedRunner
 from bemore.counsellor import RISK_MARKER, Blocked, Counsellor, Emotion, Failed, Notice, Prompt
 from bemore.demo import Demo
-from bemore.door import Connection, Door
 from bemore.gemini import Gemini
 from bemore.log import StrayExceptionLog, anonymous, configure_logging, describe_bug
 from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
@@ -99,7 +105,6 @@ WITHDRAWAL_SECONDS = 1  # of turns that failed, before the next is asked for
 SETTLE_SECONDS = 5  # between two tries to do what the database still owes,
 LAST_SETTLE_SECONDS = 0.2  # and while the process ends
 HEADER_SECONDS = 10  # for a request's header; phones on bad networks need two or three
-REQUEST_SECONDS = 60  # from a request's header until its answer is taken: the longest page on a slow line
 KEEPALIVE_SECONDS = 75  # between two requests; longer than a proxy keeps its own end open
 
 # Frames
@@ -1311,8 +1316,6 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
         raise ConnectionResetError("the client left during the handshake")
     sessions.services.counsellor.prepare()
     socket = Socket(request.transport, sessions.services.frame_gap_seconds)
-    if isinstance(request.protocol, Connection):
-        request.protocol.watch_frames(socket.take_frame, socket.refuse)
     await socket.ws.prepare(request)
     socket.ws.headers.clear()  # sent; they would take 1.4 KiB for as long as the socket is open
     session = sessions.get(session_id)
@@ -1488,7 +1491,7 @@ async def open_services(app: web.Application) -> AsyncIterator[None]:
         await services.storage.__aexit__()
 
 
-class Runner(web.AppRunner):
+class Runner(LimitedRunner):
     """Lets replies end before it cleans up, while sockets are still read: then aiohttp drops what they send."""
 
     async def cleanup(self) -> None:
@@ -1497,24 +1500,13 @@ class Runner(web.AppRunner):
         await self.app[SESSIONS].drain()
         await super().cleanup()
 
-    async def _make_server(self) -> web.Server:
-        plain = await super()._make_server()
-        return Door(
-            plain.request_handler,
-            request_factory=plain.request_factory,
-            answer=status_answer,
-            most=self.app[SETTINGS].max_connections,
-            header_seconds=HEADER_SECONDS,
-            request_seconds=REQUEST_SECONDS,
-            stall_seconds=STALL_SECONDS,
-            **plain._kwargs,
-        )
 
-
-def make_runner(app: web.Application) -> web.AppRunner:
+def make_runner(app: web.Application) -> LimitedRunner:
     """Return what serves an application within the limits that no handler sees."""
     return Runner(
         app,
+        max_connections=app[SETTINGS].max_connections,
+        header_seconds=HEADER_SECONDS,
         access_log=None,  # its lines would hold session ids and tokens
         auto_decompress=False,  # of bodies, which nobody reads
         keepalive_timeout=KEEPALIVE_SECONDS,

@@ -19,8 +19,8 @@ import aiohttp
 from aiohttp import web
 
 from bemore import access
+from bemore.connections import SURPLUS
 from bemore.counsellor import Counsellor
-from bemore.door import Connection
 from bemore.log import describe_bug
 from bemore.settings import Settings
 from bemore.storage import NotPermitted, Storage, StorageError, Unavailable, UnknownSession
@@ -43,6 +43,10 @@ MAX_PAGE_BYTES = 512 * 1024
 # Pages that are read from the database at the same time: their rows may be much larger than the answer.
 PAGES_AT_ONCE = 4
 MAX_ID = 2**63 - 1
+# The routes that a load balancer asks, also on a full server.
+PROBES = ("/health",)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 
@@ -57,7 +61,6 @@ HTTP_ERRORS = {
     "method_not_allowed": (405, "지원하지 않는 요청 방식입니다"),
     "request_timeout": (408, "요청을 받는 시간이 초과되었습니다"),
     "body_too_large": (413, "요청이 너무 큽니다"),
-    "expectation_failed": (417, "지원하지 않는 Expect 헤더입니다"),
     "upgrade_required": (426, "웹소켓으로 연결해주세요"),
     "too_many_sessions": (429, "새 세션을 너무 자주 만들었습니다. 잠시 후 다시 시도해주세요"),
     "too_many_sockets": (429, "이 세션에 열린 연결이 너무 많습니다"),
@@ -132,7 +135,7 @@ def add_routes(app: web.Application) -> None:
     """Add the HTTP routes, the answers to refused requests and the headers of every answer; app[API] is set before."""
     app[LOOPBACK_ONLY] = access.is_loopback(app[API].settings.host)
     app[PAGES] = asyncio.Semaphore(PAGES_AT_ONCE)
-    app.middlewares.append(answer_refusals)
+    app.middlewares.extend([close_surplus, answer_refusals])
     app.on_response_prepare.append(add_headers)
     app.router.add_post("/api/sessions", make_session)
     app.router.add_get("/api/sessions/{session_id:[^/]*}/conversations", read_conversations, allow_head=False)
@@ -146,9 +149,16 @@ def add_routes(app: web.Application) -> None:
 
 
 @web.middleware
-async def answer_refusals(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def close_surplus(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Close a connection over the limit once its request is answered."""
+    response = await handler(request)
+    if request.get(SURPLUS):
+        response.force_close()
+    return response
+
+
+@web.middleware
+async def answer_refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Check what every request has to meet, and turn each exception into one of HTTP_ERRORS."""
     headers: Mapping[str, str] = {}
     try:
@@ -175,6 +185,9 @@ async def answer_refusals(
     except Exception as bug:
         code = "internal_error"
         logger.error("%s %s: %s", request.method, request.match_info.route.resource, describe_bug(bug))
+        if request.writer.output_size:
+            # The answer has begun, or the connection is a WebSocket by now: it can only be cut.
+            raise ConnectionResetError from None
     return refusal_answer(code, headers)
 
 
@@ -183,15 +196,9 @@ def refusal_answer(code: str, headers: Mapping[str, str]) -> web.Response:
     return web.json_response({"error": sentence, "code": code}, status=status, headers=headers)
 
 
-def status_answer(status: int) -> web.Response:
-    """Return the answer for what never reaches a handler: a request that is no HTTP, or an unknown Expect header."""
-    code = next((code for code, (number, _) in HTTP_ERRORS.items() if number == status), "internal_error")
-    return refusal_answer(code, SECURITY_HEADERS)
-
-
 def check_room(request: web.Request) -> None:
     """Refuse a request on a connection over the limit; a load balancer may still ask for the server's health."""
-    if isinstance(request.protocol, Connection) and request.protocol.surplus and request.path != "/health":
+    if request.get(SURPLUS) and request.path not in PROBES:
         raise HttpRefusal("too_many_connections", retry_after=FULL_RETRY_SECONDS)
 
 

@@ -9,6 +9,9 @@ import traceback
 import warnings
 from typing import Any
 
+from aiohttp import web
+from aiohttp.http import HttpProcessingError
+
 logger = logging.getLogger("bemore_voice")
 
 # Within this time the same stray exception is logged once.
@@ -48,10 +51,24 @@ def configure_logging(level: str) -> None:
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logger.setLevel(level.upper())
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Keep out of the log what libraries write about clients, and what this server says in its own words."""
+    logging.getLogger("aiohttp.server").addFilter(is_own_mistake)
+    # aiohttp lists the subprotocols that it does not speak: some clients put tokens there.
+    logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
     # asyncpg logs a page for each failed connection; this server's own line has the cause.
     logging.getLogger("asyncpg").setLevel(logging.CRITICAL)
     # PyJWT warns at every token; this server warns once, at the start.
     warnings.filterwarnings("ignore", message=".*HMAC key.*")
+
+
+def is_own_mistake(record: logging.LogRecord) -> bool:
+    """Tell whether a record of aiohttp is about this server, and not about a client that left or sent no HTTP."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, ConnectionError | web.RequestPayloadError | HttpProcessingError)
 
 
 class StrayExceptionLog:
