@@ -1,6 +1,12 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.14", "aiosqlite>=0.22,<1", "asyncpg>=0.32,<1", "PyJWT>=2.10", "python-dotenv>=1.0"]
+# dependencies = [
+#     "aiohttp>=3.14.5,<4",
+#     "aiosqlite>=0.22,<1",
+#     "asyncpg>=0.32,<1",
+#     "PyJWT>=2.15.1,<3",
+#     "python-dotenv>=1.2.2,<2",
+# ]
 # ///
 """BeMore voice: the server behind a voice counselling app for Korean speakers.
 
@@ -14,16 +20,16 @@ Where to find what, from top to bottom
     Frames        what goes over the socket, and the errors that a person reads (docs/protocol.md has the tables)
     Prompts       what the counsellor is told, by emotion
     Sessions      one conversation: who is owed which frames, one worker that answers in order, the end of the process
-    Routes        GET /ws/session/{session_id}, /health, / and /api/sessions: refuse first, then serve
+    Route         GET /ws/session/{session_id}: refuse first, then serve
     Application   create_app() wires the parts that it is given
     Entry point   settings, log, signals
 
-What it stands on, each readable alone, in bemore/: settings, door, access, care, counsellor, gemini, demo, storage,
-postgres.
+The rest lies in bemore/; each module is readable alone: api (the HTTP routes), log, settings, connections, access,
+care, counsellor, gemini, demo, storage, postgres.
 
 Limits: 2,000 characters a message, 64 KiB a frame (close code 1009), 16 frames waiting in a session and, from a socket,
-60 at once and 10 a second (1008), 8 sockets a session (429), MAX_CONNECTIONS in all (503), 16 KiB and 10 s a header,
-60 s a request, MAX_NEW_SESSIONS_PER_MINUTE an address (429), MAX_AI_REQUESTS_PER_MINUTE a session. A reply whose socket
+60 at once and 10 a second (1008), 8 sockets a session (429), MAX_CONNECTIONS in all (503), 10 s for a first header,
+MAX_NEW_SESSIONS_PER_MINUTE an address (429), MAX_AI_REQUESTS_PER_MINUTE a session. A reply whose socket
 was lost is kept for 35 s.
 """
 
@@ -31,36 +37,32 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import gc
-import hashlib
 import json
 import logging
 import os
 import re
-import secrets
 import signal
 import sys
 import time
-import traceback
-import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from json.encoder import encode_basestring
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import aiohttp
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from bemore import access
+from bemore.api import API, MAX_BODY_BYTES, Api, HttpRefusal, ModelHealth, add_routes, check_access
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, FORMER, SHORT, Signal, signal_in
+from bemore.connections import LimitedRunner
 from bemore.counsellor import Blocked, Counsellor, Emotion, Failed, Notice, Prompt
 from bemore.demo import Demo
-from bemore.door import Connection, Door
 from bemore.gemini import Gemini
+from bemore.log import StrayExceptionLog, anonymous, configure_logging, describe_bug
 from bemore.retention import keep_erasing
 from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
 from bemore.sqlite import SQLite
@@ -79,8 +81,6 @@ __version__ = "0.2.0"
 
 logger = logging.getLogger("bemore_voice")
 
-HERE = Path(__file__).parent
-
 # Limits
 
 MAX_MESSAGE_CHARACTERS = 2_000  # code points after trimming; what a person says in several minutes
@@ -92,7 +92,6 @@ FRAME_BYTES = 1_500  # of what counts as one frame: 2,000 characters are judged 
 LONG_CHARACTERS = 150  # of a frame; more than one of these is not judged at a time, whoever sends them
 SHUT_SECONDS = 1  # to new sockets of a session that one was closed of: a budget must not be renewed by coming again
 MAX_SOCKETS_PER_SESSION = 8  # tabs and devices that see the same conversation
-MAX_SESSION_ID_CHARACTERS = 255  # the column's width
 MAX_UNSENT_BYTES = 1024 * 1024  # in a socket's buffer; no reply comes near it, a flood of pings does
 HEARTBEAT_SECONDS = 20  # protocol pings; with the 10 s for the pong a dead peer is found within RESUME_SECONDS
 RESUME_SECONDS = 35  # the frontend reconnects after 1, 2, 4, 8 and 16 s: it gives up after 31
@@ -109,17 +108,7 @@ WITHDRAWAL_SECONDS = 1  # of turns that failed, before the next is asked for
 SETTLE_SECONDS = 5  # between two tries to do what the database still owes,
 LAST_SETTLE_SECONDS = 0.2  # and while the process ends
 HEADER_SECONDS = 10  # for a request's header; phones on bad networks need two or three
-REQUEST_SECONDS = 60  # from a request's header until its answer is taken: the longest page on a slow line
 KEEPALIVE_SECONDS = 75  # between two requests; longer than a proxy keeps its own end open
-FULL_RETRY_SECONDS = 10  # after which a client that found no room may try again
-BODY_SECONDS = 10  # for a request's body
-MAX_BODY_BYTES = 16 * 1024  # no route needs one; some clients send an empty object
-SAME_LINE_SECONDS = 60  # in which a stray exception is logged once
-DEFAULT_PAGE_TURNS = 50
-MAX_PAGE_TURNS = 200
-MAX_PAGE_BYTES = 512 * 1024  # of turns; two hundred ordinary ones are half of it
-PAGES_AT_ONCE = 4  # read from the database: their rows may be much more than what is sent of them
-MAX_ID = 2**63 - 1
 
 # Frames
 
@@ -211,12 +200,6 @@ def failure_of(error: Exception) -> Failure:
             return Failure(ErrorCode.AI_UNAVAILABLE, error.cause)
         case _:
             return Failure(ErrorCode.AI_UNAVAILABLE, describe_bug(error))
-
-
-def describe_bug(bug: BaseException) -> str:
-    """Tell where an exception came from, without its words: they may hold what somebody said."""
-    frames = traceback.extract_tb(bug.__traceback__)
-    return type(bug).__name__ + (f" in {frames[-1].name}, line {frames[-1].lineno}" if frames else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -1228,11 +1211,6 @@ def loop_time() -> float:
     return asyncio.get_running_loop().time()
 
 
-def anonymous(session_id: str) -> str:
-    """Return a name for the log: whoever knows a session's id may listen to it."""
-    return hashlib.sha256(session_id.encode()).hexdigest()[:12]
-
-
 def log_answer(session_id: str, item: Reply | Refusal, refused: Failure | None, now: float) -> None:
     """Write the one line of a request or a refused frame: nothing that anyone said."""
     outcome, cause, chunks, characters, first = "", "", 0, 0, "-"
@@ -1326,246 +1304,12 @@ class Sessions:
         return tasks
 
 
-# Routes
+# Route
 
 SETTINGS = web.AppKey("settings", Settings)
 SESSIONS = web.AppKey("sessions", Sessions)
-LOCAL = web.AppKey("local", bool)  # only this machine can connect
-PAGES = web.AppKey("pages", asyncio.Semaphore)
-NEW_SESSIONS = web.AppKey("new_sessions", access.AddressLimit)
 
 SPOKEN = (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG)  # by a peer that is there
-
-HTTP_ERRORS = {
-    "invalid_request": (400, "요청 형식이 올바르지 않습니다"),
-    "invalid_session_id": (400, "세션 ID가 올바르지 않습니다"),
-    "invalid_token": (401, "인증 정보가 올바르지 않습니다"),
-    "origin_not_allowed": (403, "허용되지 않은 출처의 요청입니다"),
-    "sessions_managed_elsewhere": (403, "이 서버에서는 세션을 만들거나 지울 수 없습니다"),
-    "not_found": (404, "찾을 수 없는 주소입니다"),
-    "unknown_session": (404, "세션을 찾을 수 없습니다"),
-    "method_not_allowed": (405, "지원하지 않는 요청 방식입니다"),
-    "request_timeout": (408, "요청을 받는 시간이 초과되었습니다"),
-    "body_too_large": (413, "요청이 너무 큽니다"),
-    "expectation_failed": (417, "지원하지 않는 Expect 헤더입니다"),
-    "upgrade_required": (426, "웹소켓으로 연결해주세요"),
-    "too_many_sessions": (429, "새 세션을 너무 자주 만들었습니다. 잠시 후 다시 시도해주세요"),
-    "too_many_sockets": (429, "이 세션에 열린 연결이 너무 많습니다"),
-    "internal_error": (500, "서버에 문제가 생겼습니다"),
-    "too_many_connections": (503, "접속자가 많습니다. 잠시 후 다시 시도해주세요"),
-    "unavailable": (503, "서비스를 일시적으로 사용할 수 없습니다"),
-}
-
-
-# Of every answer.
-PROTECTION = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Server": "BeMore voice",  # aiohttp would name Python's version and its own
-}
-
-
-class HttpRefusal(Exception):
-    """One of HTTP_ERRORS, as the answer to a request; `retry_after` in seconds."""
-
-    def __init__(self, code: str, retry_after: int | None = None) -> None:
-        super().__init__(code)
-        self.code = code
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-
-
-@web.middleware
-async def answer_refusals(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    headers: Mapping[str, str] = {}
-    try:
-        check_room(request)
-        check_origin(request)
-        await pass_over_body(request)
-        return await handler(request)
-    except HttpRefusal as refusal:
-        code, headers = refusal.code, refusal.headers
-    except UnknownSession:
-        code = "unknown_session"
-    except NotPermitted:
-        code = "sessions_managed_elsewhere"
-    except Unavailable as error:
-        code = "unavailable"
-        logger.warning("%s %s: %s", request.method, request.match_info.route.resource, error.cause)
-    except web.HTTPNotFound:
-        code = "not_found"
-    except web.HTTPMethodNotAllowed as error:
-        code, headers = "method_not_allowed", {"Allow": error.headers["Allow"]}
-    except ConnectionError:
-        raise  # nobody is there to be answered
-    except Exception as bug:
-        code = "internal_error"
-        logger.error("%s %s: %s", request.method, request.match_info.route.resource, describe_bug(bug))
-    return refusal_answer(code, headers)
-
-
-def refusal_answer(code: str, headers: Mapping[str, str]) -> web.Response:
-    status, sentence = HTTP_ERRORS[code]
-    return web.json_response({"error": sentence, "code": code}, status=status, headers=headers)
-
-
-def status_answer(status: int) -> web.Response:
-    """Return the answer for what no handler sees: what is no HTTP, or an Expect that nobody can meet."""
-    code = next((code for code, (number, _) in HTTP_ERRORS.items() if number == status), "internal_error")
-    return refusal_answer(code, PROTECTION)
-
-
-def check_room(request: web.Request) -> None:
-    """Refuse what comes on a connection over the limit, but for a load balancer that asks how the server is."""
-    if isinstance(request.protocol, Connection) and request.protocol.surplus and request.path != "/health":
-        raise HttpRefusal("too_many_connections", retry_after=FULL_RETRY_SECONDS)
-
-
-def check_origin(request: web.Request) -> None:
-    """Refuse a browser's page of an origin that may not talk to this server."""
-    settings = request.app[SETTINGS]
-    scheme = forwarded(request, "X-Forwarded-Proto") or request.scheme
-    origin, own = request.headers.get("Origin"), f"{scheme}://{request.host}"
-    guard_name = request.app[LOCAL] and not settings.trust_proxy
-    if not access.is_welcome(origin, own, settings.allowed_origins, guard_name=guard_name, name=settings.host):
-        raise HttpRefusal("origin_not_allowed")
-
-
-def forwarded(request: web.Request, name: str) -> str:
-    """Return what the reverse proxy says in a header, where there is one to be trusted."""
-    return access.last_forwarded(request.headers.getall(name, [])) if request.app[SETTINGS].trust_proxy else ""
-
-
-async def pass_over_body(request: web.Request) -> None:
-    """Read what nobody asked for, so that the connection can be kept; refuse what is too long or too slow."""
-    if not request.body_exists:
-        return
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise HttpRefusal("body_too_large") from None
-    except TimeoutError:
-        raise HttpRefusal("request_timeout") from None
-    except (web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
-        raise HttpRefusal("invalid_request") from None
-
-
-async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Let an allowed origin's page read the answer (CORS), and nobody keep it, sniff in it or learn from it."""
-    headers = response.headers
-    headers["Vary"] = "Origin"
-    if (origin := request.headers.get("Origin")) in request.app[SETTINGS].allowed_origins:
-        headers["Access-Control-Allow-Origin"] = str(origin)
-    policy = headers.get("Content-Security-Policy", PROTECTION["Content-Security-Policy"])  # the page has its own
-    headers.update({**PROTECTION, "Content-Security-Policy": policy})
-
-
-async def preflight(_: web.Request) -> web.Response:
-    allowed = {"Methods": "GET, POST, DELETE", "Headers": "Authorization, Content-Type"}
-    headers = {f"Access-Control-Allow-{name}": value for name, value in allowed.items()}
-    return web.Response(status=204, headers={**headers, "Access-Control-Max-Age": "600"})
-
-
-def check_access(request: web.Request, *, token_required: bool = True) -> str:
-    """Return the id of the session that a request is about; refuse one without its token, where tokens are in use."""
-    session_id, secret = request.match_info["session_id"], request.app[SETTINGS].jwt_secret_key
-    if not (1 <= len(session_id) <= MAX_SESSION_ID_CHARACTERS and session_id.isprintable()):
-        raise HttpRefusal("invalid_session_id")
-    token = access.token_in(request.headers.get("Authorization", ""), request.query.get("token", ""))
-    if secret and (token or token_required) and not access.is_token_for(session_id, token, secret):
-        raise HttpRefusal("invalid_token")
-    return session_id
-
-
-async def make_session(request: web.Request) -> web.Response:
-    """POST /api/sessions: make a session and tell where to talk to it."""
-    settings, services = request.app[SETTINGS], request.app[SESSIONS].services
-    address = access.countable_address(request.remote or "", forwarded(request, "X-Forwarded-For"))
-    if wait := request.app[NEW_SESSIONS].take(address):
-        raise HttpRefusal("too_many_sessions", retry_after=wait)
-    session_id = secrets.token_urlsafe(24)
-    await services.storage.create_session(session_id)
-    body = {"session_id": session_id, "websocket_path": f"/ws/session/{session_id}"}
-    if settings.jwt_secret_key:
-        expires = int(services.clock() + settings.session_ttl_hours * 3600)
-        body["token"] = access.issue_token(settings.jwt_secret_key, session_id, expires)
-    return web.json_response(body, status=201)
-
-
-async def read_conversations(request: web.Request) -> web.Response:
-    """GET /api/sessions/{session_id}/conversations: a page of what was said, the newest by default."""
-    session_id = check_access(request)
-    limit = read_number(request, "limit", DEFAULT_PAGE_TURNS, MAX_PAGE_TURNS)
-    before = read_number(request, "before", MAX_ID, MAX_ID)
-    async with request.app[PAGES]:
-        turns = await request.app[SESSIONS].services.storage.conversations(session_id, limit, before)
-        body = {"session_id": session_id, "conversations": newest_that_fit(turns)}
-        return web.json_response(body, dumps=ENCODER.encode)
-
-
-def newest_that_fit(turns: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Return the newest turns, one at least, in an answer of MAX_PAGE_BYTES: whoever takes none has it held here."""
-    room = MAX_PAGE_BYTES
-    for number, turn in enumerate(reversed(turns)):
-        room -= len(ENCODER.encode(turn).encode())
-        if number and room < 0:
-            return turns[len(turns) - number :]
-    return turns
-
-
-def read_number(request: web.Request, name: str, default: int, most: int) -> int:
-    """Return a number of the query; refuse what is not from 1 to `most`."""
-    value = request.query.get(name, str(default))
-    if not re.fullmatch("[0-9]{1,19}", value) or not 1 <= int(value) <= most:
-        raise HttpRefusal("invalid_request")
-    return int(value)
-
-
-async def erase_session(request: web.Request) -> web.Response:
-    """DELETE /api/sessions/{session_id}: erase the session with all that it said."""
-    await request.app[SESSIONS].erase(check_access(request))
-    return web.Response(status=204)
-
-
-async def health(request: web.Request) -> web.Response:
-    """GET /health: 200 while the database answers, else 503."""
-    services, status = request.app[SESSIONS].services, 200
-    try:
-        await services.storage.ping()
-    except StorageError:
-        status = 503
-    state = "ok" if status == 200 else "unavailable"
-    body = {"status": state, "database": state, "ai": services.counsellor.name, "version": __version__}
-    return web.json_response(body, status=status)
-
-
-async def index(_: web.Request) -> web.Response:
-    """GET /: the page, which may load nothing, and talk to this server alone."""
-    try:
-        page = await asyncio.to_thread((HERE / "demo.html").read_text, encoding="utf-8")
-    except FileNotFoundError:
-        raise HttpRefusal("not_found") from None
-    return web.Response(
-        text=page, content_type="text/html", headers={"Content-Security-Policy": content_security_policy(page)}
-    )
-
-
-def content_security_policy(page: str) -> str:
-    """Return the policy under which a page's own inline style and script run, and nothing else does."""
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
 
 
 async def session_socket(request: web.Request) -> web.StreamResponse:
@@ -1587,8 +1331,6 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
         raise ConnectionResetError("the client left during the handshake")
     sessions.services.counsellor.prepare()
     socket = Socket(request.transport, sessions.services.frame_gap_seconds)
-    if isinstance(request.protocol, Connection):
-        request.protocol.watch_frames(socket.take_frame, socket.refuse)
     await socket.ws.prepare(request)
     socket.ws.headers.clear()  # sent; they would take 1.4 KiB for as long as the socket is open
     session = sessions.get(session_id)
@@ -1730,22 +1472,24 @@ def create_app(
         gap_seconds=max(FRAME_GAP_SECONDS, ms / 1000) if (ms := settings.stream_chunk_interval_ms) else 0,
         barge_in=settings.barge_in,
     )
-    app = web.Application(middlewares=[answer_refusals], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(client_max_size=MAX_BODY_BYTES)
     app[SETTINGS] = settings
     app[SESSIONS] = Sessions(services)
-    app[PAGES] = asyncio.Semaphore(PAGES_AT_ONCE)
-    app[LOCAL] = access.is_loopback(settings.host)
-    app[NEW_SESSIONS] = access.AddressLimit(settings.max_new_sessions_per_minute, monotonic)
+    app[API] = Api(
+        settings=settings,
+        storage=storage,
+        counsellor=counsellor,
+        erase=app[SESSIONS].erase,
+        admit_address=access.AddressLimit(settings.max_new_sessions_per_minute, monotonic).take,
+        model_health=ModelHealth(clock),
+        clock=clock,
+        monotonic=monotonic,
+        version=__version__,
+    )
     app.cleanup_ctx.append(open_services)
     app.cleanup_ctx.append(erase_old_sessions)
-    app.on_response_prepare.append(add_headers)
+    add_routes(app)
     app.router.add_get(r"/ws/session/{session_id:[\s\S]*}", session_socket, allow_head=False)
-    app.router.add_post("/api/sessions", make_session)
-    app.router.add_get("/api/sessions/{session_id:[^/]*}/conversations", read_conversations, allow_head=False)
-    app.router.add_delete("/api/sessions/{session_id:[^/]*}", erase_session)
-    app.router.add_route("OPTIONS", "/api/{path:.*}", preflight)
-    app.router.add_get("/health", health)
-    app.router.add_get("/", index)
     return app
 
 
@@ -1773,7 +1517,7 @@ async def erase_old_sessions(app: web.Application) -> AsyncIterator[None]:
         await task
 
 
-class Runner(web.AppRunner):
+class Runner(LimitedRunner):
     """Lets replies end before it cleans up, while sockets are still read: then aiohttp drops what they send."""
 
     async def cleanup(self) -> None:
@@ -1782,24 +1526,13 @@ class Runner(web.AppRunner):
         await self.app[SESSIONS].drain()
         await super().cleanup()
 
-    async def _make_server(self) -> web.Server:
-        plain = await super()._make_server()
-        return Door(
-            plain.request_handler,
-            request_factory=plain.request_factory,
-            answer=status_answer,
-            most=self.app[SETTINGS].max_connections,
-            header_seconds=HEADER_SECONDS,
-            request_seconds=REQUEST_SECONDS,
-            stall_seconds=STALL_SECONDS,
-            **plain._kwargs,
-        )
 
-
-def make_runner(app: web.Application) -> web.AppRunner:
+def make_runner(app: web.Application) -> LimitedRunner:
     """Return what serves an application within the limits that no handler sees."""
     return Runner(
         app,
+        max_connections=app[SETTINGS].max_connections,
+        header_seconds=HEADER_SECONDS,
         access_log=None,  # its lines would hold session ids and tokens
         auto_decompress=False,  # of bodies, which nobody reads
         keepalive_timeout=KEEPALIVE_SECONDS,
@@ -1809,52 +1542,6 @@ def make_runner(app: web.Application) -> web.AppRunner:
 
 
 # Entry point
-
-
-class LogFormatter(logging.Formatter):
-    """Write each record on one line, and of an exception only what it is and where it came from.
-
-    A library's exception may quote what somebody said, or the line of a request with its token.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
-        if not line.isprintable():
-            line = "".join(character if character.isprintable() else " " for character in line)
-        return line
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
-        return describe_bug(ei[1])
-
-
-def configure_logging(level: str) -> None:
-    """Send all lines to stderr; what libraries say below a warning is more than they should."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logger.setLevel(level.upper())
-    logging.getLogger("asyncpg").setLevel(logging.CRITICAL)  # a page for each try to reconnect; ours has the cause
-    warnings.filterwarnings("ignore", message=".*HMAC key.*")  # PyJWT's at every token; ours comes once, at start
-
-
-class StrayExceptionLog:
-    """Logs what asyncio found in a task that nobody waits for; asyncio's own line would hold the exception's words.
-
-    The same line comes once in SAME_LINE_SECONDS: a process that has run out of files tells it by the hundred.
-    """
-
-    def __init__(self) -> None:
-        self._line = ""
-        self._quiet_until = 0.0  # by the loop's time, for this line
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        bug = context.get("exception")
-        line = context.get("message", "") + ("" if bug is None else f": {describe_bug(bug)}")
-        if "._start_serving(" in line:
-            return  # asyncio accepts again a second after it ran out of files, also where nobody listens any more
-        if line != self._line or loop.time() >= self._quiet_until:
-            self._line, self._quiet_until = line, loop.time() + SAME_LINE_SECONDS
-            logger.error("%s", line)
 
 
 def allow_open_files(wanted: int) -> None:

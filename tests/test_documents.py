@@ -13,13 +13,13 @@ from dotenv import dotenv_values
 from pytest_aiohttp.plugin import AiohttpServer
 from support import ScriptedCounsellor, make_settings, serve
 
+from bemore.api import HTTP_ERRORS
 from bemore.counsellor import Emotion
 from bemore.demo import Demo
 from bemore.settings import Settings, read_settings
 from bemore_voice import (
     BEGIN,
     COMPLETE,
-    HTTP_ERRORS,
     INTERRUPTED,
     MAX_FRAME_BYTES,
     MAX_WAITING_FRAMES,
