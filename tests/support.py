@@ -357,6 +357,8 @@ class RawPeer(asyncio.Protocol):
         self.buffer = b""  # what has come, and was not read yet
         self.upgraded = False
         self.gone = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._news = asyncio.Event()
         self._frames: deque[tuple[int, bytes]] = deque()
 
@@ -379,6 +381,19 @@ class RawPeer(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.gone.set()
         self._news.set()
+        self._writable.set()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    async def drain(self) -> None:
+        """Wait until the server has taken what was sent, but for a little."""
+        await self._writable.wait()
+        if self.gone.is_set():
+            raise ConnectionError("the server has ended the connection")
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -649,6 +664,12 @@ class Wire:
             writer.transport.abort()
         self._flowing.set()
         return len(self._writers) // 2
+
+
+def wire_to_postgres(url: str) -> Wire:
+    """Return a wire to the Postgres whose local socket a URL names."""
+    folder = url.partition("host=")[2]
+    return Wire(lambda: asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432"))
 
 
 async def is_listening(port: int) -> bool:
