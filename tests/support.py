@@ -14,9 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import jwt
+import pytest
 from aiohttp import WSMsgType, web
 from tools import PATIENCE, until
 
@@ -38,6 +40,9 @@ ENDS = ("ai_stream_complete", "ai_stream_error")
 
 # Where a time is the promise, its limit is multiplied by this: a busy machine sets it to 3 or more.
 TIME_SCALE = float(os.environ.get("TIME_SCALE", "1"))
+
+# Of tests of what the specification asks for and the server does not do yet; pytest --runxfail runs them.
+planned = pytest.mark.xfail(reason="the conversation becomes a state machine first", run=False)
 
 Found = TypeVar("Found")
 Frame = dict[str, Any]
@@ -241,11 +246,11 @@ class Frontend:
         await self.ws.close()
 
     async def send(self, kind: str, data: object = None, **beside: object) -> None:
-        await self.ws.send_str(json.dumps({"type": kind, "data": data, **beside}))
+        await self.ws.send_str(json.dumps({"type": kind, "data": data, **beside}, ensure_ascii=False))
 
     async def send_together(self, *frames: Sent) -> None:
         """Send frames in one packet."""
-        texts = [json.dumps({"type": kind, "data": data}) for kind, data in frames]
+        texts = [json.dumps({"type": kind, "data": data}, ensure_ascii=False) for kind, data in frames]
         packet = b"".join(masked(text.encode()) for text in texts)
         os.write(self.ws.get_extra_info("socket").fileno(), packet)
 
@@ -344,7 +349,8 @@ def handshake(path: str, **headers: str) -> bytes:
     key = base64.b64encode(os.urandom(16)).decode()
     lines = {"Host": "127.0.0.1", "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     lines |= {"Sec-WebSocket-Key": key, **{name.replace("_", "-"): value for name, value in headers.items()}}
-    return f"GET {path} HTTP/1.1\r\n".encode() + b"".join(f"{k}: {v}\r\n".encode() for k, v in lines.items()) + b"\r\n"
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"GET {quote(path, safe='/?=&%')} HTTP/1.1\r\n{head}\r\n".encode()
 
 
 class RawPeer(asyncio.Protocol):
