@@ -21,6 +21,7 @@ import jwt
 import pytest
 from aiohttp import WSMsgType, web
 from tools import PATIENCE, until
+from yarl import URL
 
 from bemore.counsellor import Counsellor, Notice, Prompt, Say
 from bemore.settings import Settings, read_settings
@@ -235,6 +236,11 @@ class Frontend:
         self._ws = await self._http.ws_connect(self._url, **self._options)
         self._last_seq = 0
         return self
+
+    async def reconnect(self, address: tuple[str, int]) -> None:
+        """Connect to the same session at another address."""
+        self._url = str(URL(self._url).with_host(address[0]).with_port(address[1]))
+        await self.open()
 
     async def close(self) -> None:
         if self._ws is not None:
