@@ -18,12 +18,14 @@ from support import (
     Serving,
     Wire,
     kinds_of,
-    planned,
     text_of,
     wire_to_postgres,
 )
 from tools import until
 
+from bemore_voice import Limits
+
+PLANNED = pytest.mark.xfail(reason="bemore.gemini does not do it yet", run=False)
 KEY = "a-key-that-is-not-to-be-seen"
 
 
@@ -47,7 +49,7 @@ async def check_reply(client: Frontend, text: str, end: str) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(fault, id=name, marks=[planned] if fault.planned else []) for name, fault in MODEL_FAULTS.items()],
+    [pytest.param(fault, id=name, marks=PLANNED if fault.planned else ()) for name, fault in MODEL_FAULTS.items()],
 )
 async def test_model_fault_costs_one_reply_at_most(
     fault: Fault, gemini: GeminiStandIn, impatient: tuple[Server, Frontend], caplog: pytest.LogCaptureFixture
@@ -116,11 +118,13 @@ async def test_locked_sqlite_delays_the_end_of_a_reply(
 
 
 async def test_sqlite_locked_for_long_is_one_error_each(
-    serving: Serving, counsellor: ScriptedCounsellor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serving: Serving, counsellor: ScriptedCounsellor, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("bemore_voice.STORE_SECONDS", 0.5)
     talk = counsellor.expect()
-    async with serving(DATABASE_TIMEOUT_SECONDS=0.2) as server, server.connect() as client:
+    async with (
+        serving(limits=Limits(store_seconds=0.5), DATABASE_TIMEOUT_SECONDS=0.2) as server,
+        server.connect() as client,
+    ):
         await client.ask("하나")
         await talk.asked.wait()
         with locked(tmp_path / "test.db"):
@@ -135,10 +139,9 @@ async def test_sqlite_locked_for_long_is_one_error_each(
 
 
 async def test_full_disk_is_one_error(
-    server: Server, counsellor: ScriptedCounsellor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    serving: Serving, counsellor: ScriptedCounsellor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("bemore_voice.STORE_SECONDS", 0.3)
-    async with server.connect() as client:
+    async with serving(limits=Limits(store_seconds=0.3)) as server, server.connect() as client:
         await client.ask()
         await client.reply()
         pages = (await server.storage.fetch("PRAGMA page_count"))[0][0]
@@ -151,7 +154,7 @@ async def test_full_disk_is_one_error(
         await server.storage.fetch("PRAGMA max_page_count = 1000000")
         await client.ask("들어가는 말")
         assert kinds_of(await client.reply())[-1] == "complete"
-    assert [row[0] for row in await server.rows()] == [CANARY, "들어가는 말"]
+        assert [row[0] for row in await server.rows()] == [CANARY, "들어가는 말"]
 
 
 # Either database

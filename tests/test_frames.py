@@ -6,20 +6,11 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import planned
 
+from bemore.conversation import Utterance
 from bemore.counsellor import Emotion
-from bemore_voice import (
-    SENTENCES,
-    ErrorCode,
-    Failure,
-    Frame,
-    Utterance,
-    encode_chunk,
-    parse_frame,
-    parse_utterance,
-    storable,
-)
+from bemore.outbox import ErrorCode, Failure, Frame, Kind
+from bemore_voice import SENTENCES, encode, encode_frame, parse_frame, parse_utterance, storable
 
 NOW = 1_800_000_000_000
 
@@ -94,17 +85,8 @@ def test_message_is_trimmed_as_by_a_browser() -> None:
         assert parse(message=kept).message == kept
 
 
-@pytest.mark.parametrize("character", ["가", "a", "😥", "\U0010ffff", "\u0301"])
-def test_message_may_have_2000_characters(character: str) -> None:
-    assert len(parse(message=" " * 50 + character * 2000 + " " * 50).message) == 2000
-    with pytest.raises(Failure) as caught:
-        parse(message=character * 2001)
-    assert caught.value.code is ErrorCode.MESSAGE_TOO_LONG
-
-
-@planned
-def test_message_is_composed_before_it_is_measured() -> None:
-    """macOS sends a syllable as up to three letters."""
+def test_message_is_composed() -> None:
+    """macOS sends a syllable as up to three letters; 667 of them are a message of 2,001 code points."""
     assert parse(message=unicodedata.normalize("NFD", "닭" * 667)).message == "닭" * 667
 
 
@@ -160,8 +142,8 @@ def test_any_text_becomes_storable(text: str) -> None:
     kept = storable(text)
     assert len(kept) == len(text)
     assert "\0" not in kept
-    encoded = encode_chunk(kept, 7)
-    assert encoded == Frame("ai_stream_chunk", {"chunk": kept}).encode(seq=7)
+    encoded = encode_frame(Frame(Kind.CHUNK, 7, kept))
+    assert encoded == encode("ai_stream_chunk", {"chunk": kept}, seq=7)
     assert json.loads(encoded.decode())["data"]["chunk"] == kept
 
 

@@ -8,11 +8,11 @@ import time
 import pytest
 from aiohttp import web
 from standin import Answer, GeminiStandIn, event, stream
-from support import TIME_SCALE, Frontend, ScriptedCounsellor, Server, Serving, kinds_of, planned, text_of
+from support import TIME_SCALE, Frontend, ScriptedCounsellor, Server, Serving, kinds_of, text_of
 
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, SHORT, Signal
 from bemore.counsellor import Emotion, Failed
-from bemore_voice import system_prompt
+from bemore_voice import Limits, system_prompt
 
 EXPLICIT = "요즘은 그냥 죽고 싶다는 생각만 들어요"
 INDIRECT = "제가 없어지면 다들 편해질 거예요"
@@ -50,7 +50,7 @@ async def test_sentence_comes_before_the_model_says_a_word(
     assert [row[1] for row in await server.rows()] == [FIRST[signal] + "말씀해 주셔서 고마워요."]
     (line,) = [record.getMessage() for record in caplog.records]
     assert " outcome=complete " in line
-    assert "=words " in line
+    assert "detected_by=words " in line
     assert signal not in line
 
 
@@ -65,13 +65,13 @@ def model_that(kind: str, gate: asyncio.Event) -> Answer:
 CASES = list(itertools.product(["waits", "fails", "blocks"], ["token", "no token"], ["database", "no database"]))
 
 
-async def test_sentence_comes_within_50_ms_in_every_case(
-    serving_gemini: Serving, gemini: GeminiStandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the model, the bucket and the database do; and the reply completes, where nothing follows too."""
-    monkeypatch.setattr("bemore_voice.STORE_SECONDS", 0.2)
+async def test_sentence_comes_within_50_ms_in_every_case(serving_gemini: Serving, gemini: GeminiStandIn) -> None:
+    """Whatever the model, the bucket and the database do; and the reply completes, where nothing follows too.
+
+    A complete without `interrupted` means a committed row.
+    """
     waits = []
-    async with serving_gemini(MAX_AI_REQUESTS_PER_MINUTE=1) as server:
+    async with serving_gemini(limits=Limits(store_seconds=0.2), MAX_AI_REQUESTS_PER_MINUTE=1) as server:
         for number, (model, bucket, database) in enumerate(CASES):
             gate, session_id = asyncio.Event(), f"session {number}"
             gemini.default = model_that(model, gate)
@@ -90,9 +90,9 @@ async def test_sentence_comes_within_50_ms_in_every_case(
                 frames += await client.reply()
             server.faults.heal()
             assert kinds_of(frames)[-1] == "complete", CASES[number]
-            assert "interrupted" not in frames[-1]
             assert text_of(frames).startswith(FULL)
             well = bucket == "token" and database == "database"
+            assert ("interrupted" not in frames[-1]) == well
             assert len(gemini.requests) - asked_before == well * (2 if model == "fails" else 1)
             assert [row[1] for row in await server.rows(session_id)] == ([text_of(frames)] if well else [])
     assert statistics.median(waits) < 0.05 * TIME_SCALE
@@ -138,7 +138,6 @@ async def test_explicit_signal_interrupts_and_goes_first(server: Server, counsel
     assert rows == [("하나", "첫째"), (EXPLICIT, FULL + "네."), ("둘", "들은 말: 둘")]
 
 
-@planned
 async def test_explicit_signal_does_not_wait_for_the_database(server: Server, counsellor: ScriptedCounsellor) -> None:
     talk = counsellor.expect().say("첫째")
     async with server.connect() as client:
@@ -192,7 +191,6 @@ async def test_cancel_while_a_signal_waits_leaves_its_sentence(server: Server, c
         assert frames[-1]["interrupted"] is True
 
 
-@planned
 async def test_signal_behind_a_full_queue_and_a_flood_is_answered(
     server: Server, counsellor: ScriptedCounsellor
 ) -> None:
@@ -206,7 +204,6 @@ async def test_signal_behind_a_full_queue_and_a_flood_is_answered(
             await client.frame()
 
 
-@planned
 async def test_sentence_is_said_again_after_two_turns(server: Server, counsellor: ScriptedCounsellor) -> None:
     """In between, the answer is left to the model, whose prompt knows of the risk."""
     said = []
@@ -219,7 +216,6 @@ async def test_sentence_is_said_again_after_two_turns(server: Server, counsellor
     assert all(prompt.at_risk for prompt in counsellor.prompts)
 
 
-@planned
 async def test_short_sentence_takes_the_place_of_an_error(server: Server, counsellor: ScriptedCounsellor) -> None:
     async with server.connect() as client:
         await client.ask(EXPLICIT)
@@ -269,7 +265,7 @@ async def test_model_marker_brings_the_sentence_and_the_mark(
         await client.ask("다른 이야기")
         await client.reply()
     assert [prompt.at_risk for prompt in counsellor.prompts] == [False, True]
-    assert "=model " in caplog.records[0].getMessage()
+    assert "detected_by=model " in caplog.records[0].getMessage()
 
 
 async def test_sentence_is_said_once_where_both_detect(server: Server, counsellor: ScriptedCounsellor) -> None:
@@ -281,11 +277,13 @@ async def test_sentence_is_said_once_where_both_detect(server: Server, counsello
 
 async def test_failure_after_the_model_marker_completes(serving: Serving, counsellor: ScriptedCounsellor) -> None:
     """The sentence does not wait for the interval between two chunks either."""
-    counsellor.expect().say("음, ").notice().fail(Failed("test"))
+    talk = counsellor.expect().say("음,")
     async with serving(STREAM_CHUNK_INTERVAL_MS=5000) as server, server.connect() as client:
         await client.ask("그냥 그래요")
+        assert text_of(await client.begun()) == "음,"
+        talk.notice().fail(Failed("test"))
         frames = await client.reply()
-        assert (text_of(frames), kinds_of(frames)[-1]) == ("음, " + FULL, "complete")
+        assert (text_of(frames), kinds_of(frames)[-1]) == (" " + FULL, "complete")
 
 
 # The mark in the database
@@ -304,17 +302,17 @@ async def test_mark_outlives_its_turn_and_the_process(serving: Serving, counsell
     assert INDIRECT not in [turn.user_message for turn in counsellor.prompts[-2].history]
 
 
-async def test_mark_is_retried_after_the_client_has_left(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("STORE_SECONDS", "SETTLE_SECONDS", "RESUME_SECONDS"):
-        monkeypatch.setattr(f"bemore_voice.{name}", 0.1)
-    async with serving() as server:
+async def test_mark_is_retried_after_the_client_has_left(serving: Serving) -> None:
+    limits = Limits(store_seconds=0.1, mark_retry_seconds=0.1, keep_reply_seconds=0.1)
+    async with serving(limits=limits) as server:
         server.faults.fail()
         async with server.connect() as client:  # the session cannot be created either
             await client.ask(EXPLICIT)
             assert text_of(await client.reply()) == FULL
         server.faults.heal()
         await server.until_forgotten()
-        assert await at_risk(server)
+        while not (await server.storage.fetch("SELECT at_risk FROM token_buckets WHERE at_risk")):
+            pass
 
 
 # With Gemini

@@ -7,8 +7,10 @@ from contextlib import AsyncExitStack
 import aiohttp
 import pytest
 from support import CANARY, Frontend, ScriptedCounsellor, Server, Serving, Wire, kinds_of, text_of
+from tools import until
 
 from bemore.counsellor import Failed
+from bemore_voice import Limits
 
 WORDS = [f"낱말{number} " for number in range(8)]
 IMPATIENT = aiohttp.ClientWSTimeout(ws_close=0.1)
@@ -58,12 +60,14 @@ async def test_reply_is_whole_wherever_the_connection_is_lost(
             await page.reply()
             check_whole(page)
             await page.silent()
-            assert loss != "frozen" or wire.withheld
+            if loss == "frozen":
+                await until(lambda: wire.withheld)
             wire.cut()
             await page.close()
         await server.until_left(str(boundary))
         async with server.connect(str(boundary)) as fresh:
-            await fresh.silent()
+            if loss != "frozen":  # whose connection left without a receipt, so that the reply is kept for it
+                await fresh.silent()
         assert [row[1] for row in await server.rows(str(boundary))] == ["".join(WORDS)]
 
 
@@ -188,7 +192,7 @@ async def test_seq_never_repeats_after_a_restart(serving: Serving) -> None:
 async def test_seq_is_not_behind_another_replica(serving: Serving) -> None:
     """A page that has talked to another replica meanwhile has seen a seq from the same clock."""
     clock = [1_800_000_000.0]
-    async with serving(options={"clock": lambda: clock[0]}) as server, server.connect() as client:
+    async with serving(clock=lambda: clock[0]) as server, server.connect() as client:
         await client.ask("하나")
         await client.cut()
         await server.until_left()
@@ -197,7 +201,7 @@ async def test_seq_is_not_behind_another_replica(serving: Serving) -> None:
         await client.open()
         assert (await client.reply())[0]["seq"] < 1_800_000_001 * 1e6  # the kept reply, as it was
         await client.ask("둘")
-        assert (await client.reply())[0]["seq"] > clock[0] * 1e6
+        assert (await client.reply())[0]["seq"] >= clock[0] * 1e6
 
 
 # Several sockets
@@ -224,9 +228,11 @@ async def test_socket_that_joins_sees_the_reply_from_its_begin(server: Server, c
             await two.silent()
 
 
-async def test_half_open_connection_is_found(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bemore_voice.HEARTBEAT_SECONDS", 0.3)
-    async with serving() as server, Wire(lambda: asyncio.open_connection(*server.address)) as wire:
+async def test_half_open_connection_is_found(serving: Serving) -> None:
+    async with (
+        serving(limits=Limits(heartbeat_seconds=0.3)) as server,
+        Wire(lambda: asyncio.open_connection(*server.address)) as wire,
+    ):
         page = await Frontend(server.http, f"http://127.0.0.1:{wire.port}/ws/session/가", timeout=IMPATIENT).open()
         wire.freeze()
         await server.until_forgotten()

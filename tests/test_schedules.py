@@ -22,7 +22,8 @@ from support import ENDS, Frame, Frontend, Sent, Server, Serving, kinds_of, text
 from tools import until
 
 from bemore.care import FIRST, SHORT
-from bemore_voice import anonymous
+from bemore.log import anonymous
+from bemore_voice import Limits
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "50"))
 SEED = int(os.environ.get("SEED", "0"))
@@ -234,14 +235,14 @@ class Schedule:
             assert len(set(re.findall(r"<(.*?)>", text_of(reply)))) <= 1, "a frame of one reply inside another"
             seen.append("interrupted" if reply[-1].get("interrupted") else reply[-1].get("code", "complete"))
         # Each request has one end, in the order of the log; only a cancel or a stop drops one.
-        outcomes = [match[1] for line in lines if (match := re.search(r"outcome=(\w+)", line))]
+        outcomes = [match[1] for line in lines if (match := re.search(r"outcome=(\w+) .*total_ms", line))]
         rest = iter(outcomes)
         assert all(end in rest for end in seen)
         assert set(Counter(outcomes) - Counter(seen)) <= {"empty_message", "ai_unavailable" if stopped else ""}
         assert len(outcomes) <= self.asked + self.refused
         assert self.dropping or stopped or len(outcomes) == self.asked + self.refused
         # Each risk signal was answered, whatever else was the matter.
-        signals = [line for line in lines if "=words " in line]
+        signals = [line for line in lines if "detected_by=words " in line]
         assert stopped or len(signals) == self.signals
         assert all(re.search(r"outcome=(complete|interrupted) ", line) for line in signals)
         # What is stored is what was shown, once; with a signal, what the database allowed.
@@ -262,11 +263,11 @@ class Schedule:
 
 
 @asynccontextmanager
-async def running(serving_gemini: Serving, gemini: GeminiStandIn, folder: Path) -> AsyncIterator[House]:
+async def running(serving_gemini: Serving, gemini: GeminiStandIn, folder: Path, limits: Limits) -> AsyncIterator[House]:
     house = House(folder / "test.db")
     gemini.default = house.answer
     async with serving_gemini(
-        CHUNK_TIMEOUT_SECONDS=2, DATABASE_TIMEOUT_SECONDS=0.2, STREAM_CHUNK_INTERVAL_MS=5
+        limits=limits, CHUNK_TIMEOUT_SECONDS=2, DATABASE_TIMEOUT_SECONDS=0.2, STREAM_CHUNK_INTERVAL_MS=5
     ) as server:
         house.server = server
         try:
@@ -291,9 +292,8 @@ def batches() -> list[range]:
 
 
 @pytest.fixture(autouse=True)
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level("INFO", "bemore_voice")
-    monkeypatch.setattr("bemore_voice.SETTLE_SECONDS", 0.1)
     return caplog
 
 
@@ -301,7 +301,7 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> py
 async def test_every_request_has_one_end(
     serving_gemini: Serving, gemini: GeminiStandIn, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    async with running(serving_gemini, gemini, tmp_path) as house:
+    async with running(serving_gemini, gemini, tmp_path, Limits(mark_retry_seconds=0.1)) as house:
         await asyncio.sleep(0)
         tasks = len(asyncio.all_tasks())
         for seeds in batches():
@@ -331,10 +331,7 @@ async def test_stop_at_any_moment_leaves_every_request_an_end(
     gemini: GeminiStandIn,
     tmp_path: Path,
     log: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bemore_voice.DRAIN_SECONDS", 0.3)
-
     async def run(schedule: Schedule) -> None:
         with contextlib.suppress(aiohttp.ClientError, ConnectionError):  # the server has stopped
             await schedule.live()
@@ -345,7 +342,7 @@ async def test_stop_at_any_moment_leaves_every_request_an_end(
             await page.close()
 
     for seeds in batches()[:2]:
-        async with running(serving_gemini, gemini, tmp_path) as house:
+        async with running(serving_gemini, gemini, tmp_path, Limits(drain_seconds=0.3)) as house:
             schedules = [Schedule(seed, house) for seed in seeds]
             lives = [asyncio.create_task(run(schedule)) for schedule in schedules]
             await asyncio.sleep(random.Random(seeds[0]).uniform(0.05, 0.4))  # any moment

@@ -4,12 +4,12 @@ import asyncio
 from pathlib import Path
 
 import aiohttp
-import pytest
 from aiohttp import WSCloseCode
 from support import ScriptedCounsellor, Server, Serving, is_listening, kinds_of, masked, started, text_of
 from tools import open_storage
 
 from bemore.care import FIRST, Signal
+from bemore_voice import Limits
 
 EXPLICIT = "요즘은 그냥 죽고 싶다는 생각만 들어요"
 INDIRECT = "제가 없어지면 다들 편해질 거예요"
@@ -28,12 +28,9 @@ async def test_reply_in_progress_ends_before_the_goodbye(serving: Serving, couns
             assert await client.closed() == WSCloseCode.GOING_AWAY
 
 
-async def test_reply_that_does_not_end_is_interrupted(
-    serving: Serving, counsellor: ScriptedCounsellor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bemore_voice.DRAIN_SECONDS", 0.3)
+async def test_reply_that_does_not_end_is_interrupted(serving: Serving, counsellor: ScriptedCounsellor) -> None:
     talk = counsellor.expect().say("가")
-    async with serving() as server, server.connect() as client:
+    async with serving(limits=Limits(drain_seconds=0.3)) as server, server.connect() as client:
         await client.ask("하나")
         await client.begun()
         async with server.stopping():
