@@ -234,6 +234,10 @@ class Schedule:
             assert kinds[1:-1] == ["chunk"] * (len(kinds) - 2), kinds
             assert len(set(re.findall(r"<(.*?)>", text_of(reply)))) <= 1, "a frame of one reply inside another"
             seen.append("interrupted" if reply[-1].get("interrupted") else reply[-1].get("code", "complete"))
+        begun = False
+        for frame in self.steady.frames:  # in the order in which they came
+            assert not begun or "seq" in frame, "a refusal inside a reply"
+            begun = frame["type"] not in ENDS
         # Each request has one end, in the order of the log; only a cancel or a stop drops one.
         outcomes = [match[1] for line in lines if (match := re.search(r"outcome=(\w+) .*total_ms", line))]
         rest = iter(outcomes)
