@@ -35,6 +35,12 @@ was lost is kept for 35 s.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - for those who run an older one
+    # Before the imports below, which need it.
+    sys.exit(f"bemore_voice: needs Python 3.11 or newer, this is {sys.version_info[0]}.{sys.version_info[1]}")
+
 import asyncio
 import contextlib
 import gc
@@ -43,7 +49,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,14 +60,24 @@ import aiohttp
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from bemore import access
-from bemore.api import API, MAX_BODY_BYTES, Api, HttpRefusal, ModelHealth, add_routes, check_access
+from bemore.api import (
+    API,
+    MAX_BODY_BYTES,
+    Api,
+    HttpRefusal,
+    ModelHealth,
+    add_routes,
+    check_access,
+    fresh_token,
+    token_of,
+)
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, SHORT, Signal, signal_in
-from bemore.connections import LimitedRunner
+from bemore.connections import LimitedRunner, make_site
 from bemore.counsellor import RISK_MARKER, Blocked, Counsellor, Emotion, Failed, Notice, Prompt
 from bemore.demo import Demo
 from bemore.gemini import Gemini
 from bemore.log import StrayExceptionLog, anonymous, configure_logging, describe_bug
-from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
+from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings, similar_settings
 from bemore.storage import (
     NewTurn,
     NoToken,
@@ -165,8 +180,8 @@ def encode_chunk(text: str, seq: int) -> bytes:
     return f'{{"type":"ai_stream_chunk","data":{{"chunk":{encode_basestring(text)}}},"seq":{seq}}}'.encode()
 
 
-def pong(now_ms: int) -> Frame:
-    return Frame("pong", {"timestamp": now_ms})
+def pong(now_ms: int, token: str = "") -> Frame:
+    return Frame("pong", {"timestamp": now_ms}, {"token": token} if token else {})
 
 
 class Failure(Exception):
@@ -393,6 +408,8 @@ class Socket:
     """
 
     def __init__(self, transport: asyncio.Transport, frame_gap: float = 0) -> None:
+        # Returns a new token where one is due, else an empty string.
+        self.renew_token: Callable[[], str] = str
         # Without a limit of its own, aiohttp's send never waits for the peer: the watch below does that.
         self.ws = web.WebSocketResponse(
             autoping=False,  # pongs tell what the peer has
@@ -1316,6 +1333,15 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
         raise ConnectionResetError("the client left during the handshake")
     sessions.services.counsellor.prepare()
     socket = Socket(request.transport, sessions.services.frame_gap_seconds)
+    token = token_of(request)
+
+    def renew_token() -> str:
+        nonlocal token
+        fresh = fresh_token(request.app[API], session_id, token)
+        token = fresh or token
+        return fresh
+
+    socket.renew_token = renew_token
     await socket.ws.prepare(request)
     socket.ws.headers.clear()  # sent; they would take 1.4 KiB for as long as the socket is open
     session = sessions.get(session_id)
@@ -1427,7 +1453,7 @@ def receive_frame(text: str, socket: Socket, session: Session, now_ms: int) -> b
             case "cancel_ai_response":
                 session.cancel()
             case "ping":
-                socket.send(pong(now_ms).encode())
+                socket.send(pong(now_ms, socket.renew_token()).encode())
             case "status_update":
                 pass
             case _:
@@ -1565,7 +1591,7 @@ async def serve(settings: Settings) -> None:
     try:
         await runner.setup()
         try:
-            await web.TCPSite(runner, settings.host, settings.port).start()
+            await make_site(runner, settings.host, settings.port).start()
         except (OSError, UnicodeError) as error:  # also a name that no name server may be asked for
             reason = getattr(error, "strerror", "no such name")
             raise ConfigError(f"HOST, PORT: cannot listen on {settings.host}:{settings.port} ({reason})") from None
@@ -1576,6 +1602,7 @@ async def serve(settings: Settings) -> None:
             with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends the loop by itself
                 loop.add_signal_handler(number, stop.set)
         host, port = runner.addresses[0][:2]
+        host = f"[{host}]" if ":" in host else host
         services = runner.app[SESSIONS].services
         where = services.storage.where
         answers = "demo mode, replies are canned" if settings.demo else f"model {services.counsellor.name}"
@@ -1589,12 +1616,18 @@ async def serve(settings: Settings) -> None:
 def main() -> int:
     """Read the settings and serve; return the exit status."""
     try:
-        settings = read_settings({**read_dotenv(), **os.environ})
+        dotenv = read_dotenv()
+        settings = read_settings({**dotenv, **os.environ})
         configure_logging(settings.log_level)
+        for name, setting in similar_settings(dotenv).items():
+            logger.warning(".env: %s is not a setting, is %s meant?", name, setting)
         asyncio.run(serve(settings))
     except ConfigError as error:
         print(f"bemore_voice: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except KeyboardInterrupt:
+        # Ctrl-C on Windows; asyncio has let serve() drain.
+        pass
     return 0
 
 

@@ -6,7 +6,7 @@ import ipaddress
 import itertools
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 def is_welcome(origin: str | None, own: str, allowed: frozenset[str], *, guard_name: bool, name: str = "") -> bool:
     """Tell whether a page of this origin may talk to the server, whose own origin is `own`.
 
-    What sends no Origin is no browser's page, or is the server's own. `guard_name`, for a server that only this
-    machine reaches, also refuses where its own name is a stranger's: any page can let its name point to 127.0.0.1, and
-    be of the same origin as a server that listens there (DNS rebinding). `name` is what the server was told to be.
+    A request without Origin comes from the server's own page or from a program that is no browser. `guard_name`, for a
+    server that only this machine reaches, also refuses requests to an unknown host name: any page can let its name
+    point to 127.0.0.1 and so be of the same origin as a server there (DNS rebinding). `name` is the setting HOST.
     """
     if origin in allowed:
         return True
@@ -27,21 +27,34 @@ def is_welcome(origin: str | None, own: str, allowed: frozenset[str], *, guard_n
     return origin in (None, own)
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches a server on a host: whether all addresses that it stands for are loopback.
+def http_scheme(scheme: str) -> str:
+    """Return the scheme of a page's origin for the scheme that a proxy names; some name a WebSocket's."""
+    return {"ws": "http", "wss": "https"}.get(scheme.lower(), scheme.lower())
 
-    However it is written: LOCALHOST, 127.1 and 0:0:0:0:0:0:0:1 are, 0 is every address. May wait for a name server.
+
+def setting_that_admits(own: str, forwarded_scheme: str, *, trust_proxy: bool) -> str:
+    """Return the setting that would admit a refused origin: a proxy that is not trusted may name another scheme."""
+    if not trust_proxy and forwarded_scheme and http_scheme(forwarded_scheme) != own.partition("://")[0]:
+        return "TRUST_PROXY"
+    return "ALLOWED_ORIGINS"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether all addresses of a host are loopback, so that only this machine reaches a server there.
+
+    The host may be written in any way, such as LOCALHOST, 127.1 or 0:0:0:0:0:0:0:1. May wait for a name server.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
-        return False  # nor can anything listen there
+        # The server cannot listen there either.
+        return False
     addresses = [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
     return all((getattr(address, "ipv4_mapped", None) or address).is_loopback for address in addresses)
 
 
 def is_own_name(host: str, allowed: frozenset[str], own: str = "") -> bool:
-    """Tell whether a Host header names this machine, as no stranger's domain can, by `own` or as an allowed origin."""
+    """Tell whether a Host header is an IP address, localhost, `own` or the host of an allowed origin."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -58,15 +71,16 @@ def is_own_name(host: str, allowed: frozenset[str], own: str = "") -> bool:
 
 
 def last_forwarded(headers: list[str]) -> str:
-    """Return what the nearest proxy added to a header; all before that may be anyone's invention."""
+    """Return what the nearest proxy added to a header; the client may have written all before that."""
     return headers[-1].rpartition(",")[2].strip() if headers else ""
 
 
 def rate_limit_key(peer: str, forwarded: str = "") -> str:
-    """Return the address to count by: the one that a proxy names, an IPv6 one by its first half (one household's)."""
+    """Return what a rate limit counts by: the address that a proxy names, else the peer's; of IPv6 the /64 network."""
     address = forwarded or peer
-    if dressed := re.fullmatch(r"(?:\[(.+)\]|([\d.]+))(?::\d+)?", address):  # with a port, as Azure writes it
-        address = dressed[1] or dressed[2]
+    # Azure writes a port behind the address.
+    if with_port := re.fullmatch(r"(?:\[(.+)\]|([\d.]+))(?::\d+)?", address):
+        address = with_port[1] or with_port[2]
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -105,29 +119,44 @@ class AddressLimit:
         return 0
 
 
-# Tokens: HS256 JWTs whose subject is a session's id. PyJWT's import is a fifth of the start, and few set a secret.
+# Tokens: HS256 JWTs whose subject is a session's id. PyJWT is imported late: its import takes a fifth of the start.
 
 
 def issue_token(secret: str, session_id: str, expires: int) -> str:
-    """Return a token for one session that holds until `expires`, in seconds since the epoch."""
+    """Return a token for one session that is valid until `expires`, in seconds since the epoch."""
     import jwt
 
     return jwt.encode({"sub": session_id, "exp": expires}, secret, algorithm="HS256")
 
 
 def token_in(authorization: str, query: str) -> str:
-    """Return the token that a request brings, by its Authorization header or its query; empty for none."""
+    """Return the token of a request, from its Authorization header or its query; empty for none."""
     scheme, _, token = authorization.partition(" ")
     return token if scheme.lower() == "bearer" else query
 
 
-def is_token_for(session_id: str, token: str, secret: str) -> bool:
-    """Tell whether a token is one of ours, still holds, and is for this session."""
+def token_expiry(session_id: str, token: str, secrets: Sequence[str]) -> int | None:
+    """Return when a token of this session expires, in seconds since the epoch; None for any other token.
+
+    The moment may have passed. A token counts as the session's where one of `secrets` has signed it.
+    """
     import jwt
 
-    options: Any = {"require": ["sub", "exp"]}
-    try:
-        claims = jwt.decode(token, secret, algorithms=["HS256"], options=options)
-    except (jwt.InvalidTokenError, UnicodeError):  # bytes that are no UTF-8 come as halves of surrogate pairs
-        return False
-    return bool(claims["sub"] == session_id)
+    options: Any = {"require": ["sub", "exp"], "verify_exp": False}
+    for secret in secrets:
+        try:
+            claims = jwt.decode(token, secret, algorithms=["HS256"], options=options)
+        # A token that is not UTF-8 reaches this point as halves of surrogate pairs, which raise UnicodeError.
+        except (jwt.InvalidTokenError, UnicodeError):
+            continue
+        if claims["sub"] == session_id and isinstance(claims["exp"], int):
+            return int(claims["exp"])
+    return None
+
+
+def fresh_token(session_id: str, token: str, secrets: Sequence[str], ttl_seconds: float, now: float) -> str:
+    """Return a new token in place of one that has less than half of its life left; empty where none is due."""
+    expires = token_expiry(session_id, token, secrets)
+    if expires is None or expires - now >= ttl_seconds / 2:
+        return ""
+    return issue_token(secrets[0], session_id, int(now + ttl_seconds))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import html
 import json
 import logging
 import math
@@ -21,13 +22,14 @@ from aiohttp import web
 from bemore import access
 from bemore.connections import SURPLUS
 from bemore.counsellor import Counsellor
-from bemore.log import describe_bug
+from bemore.log import RefusalLog, describe_bug, logfmt
 from bemore.settings import Settings
 from bemore.storage import NotPermitted, Storage, StorageError, Unavailable, UnknownSession
 
 logger = logging.getLogger("bemore_voice")
 
-PAGE = Path(__file__).parent.parent / "demo.html"
+# The folder of the page, its style and its script.
+HERE = Path(__file__).parent.parent
 
 # The database column's width.
 MAX_SESSION_ID_CHARACTERS = 255
@@ -43,8 +45,9 @@ MAX_PAGE_BYTES = 512 * 1024
 # Pages that are read from the database at the same time: their rows may be much larger than the answer.
 PAGES_AT_ONCE = 4
 MAX_ID = 2**63 - 1
+MAX_LOGGED_ORIGIN_CHARACTERS = 100
 # The routes that a load balancer asks, also on a full server.
-PROBES = ("/health",)
+PROBES = ("/livez", "/health")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -56,13 +59,13 @@ HTTP_ERRORS = {
     "invalid_token": (401, "인증 정보가 올바르지 않습니다"),
     "origin_not_allowed": (403, "허용되지 않은 출처의 요청입니다"),
     "sessions_managed_elsewhere": (403, "이 서버에서는 세션을 만들거나 지울 수 없습니다"),
-    "not_found": (404, "찾을 수 없는 주소입니다"),
+    "not_found": (404, "요청하신 주소를 찾을 수 없습니다"),
     "unknown_session": (404, "세션을 찾을 수 없습니다"),
     "method_not_allowed": (405, "지원하지 않는 요청 방식입니다"),
-    "request_timeout": (408, "요청을 받는 시간이 초과되었습니다"),
+    "request_timeout": (408, "요청 시간이 초과되었습니다"),
     "body_too_large": (413, "요청이 너무 큽니다"),
     "upgrade_required": (426, "웹소켓으로 연결해주세요"),
-    "too_many_sessions": (429, "새 세션을 너무 자주 만들었습니다. 잠시 후 다시 시도해주세요"),
+    "too_many_sessions": (429, "새 대화를 너무 자주 시작했습니다. 잠시 후 다시 시도해주세요"),
     "too_many_sockets": (429, "이 세션에 열린 연결이 너무 많습니다"),
     "internal_error": (500, "서버에 문제가 생겼습니다"),
     "too_many_connections": (503, "접속자가 많습니다. 잠시 후 다시 시도해주세요"),
@@ -80,11 +83,15 @@ SECURITY_HEADERS = {
 
 
 class HttpRefusal(Exception):
-    """One of HTTP_ERRORS, as the answer to a request; `retry_after` in seconds."""
+    """One of HTTP_ERRORS, as the answer to a request; `retry_after` in seconds.
 
-    def __init__(self, code: str, retry_after: float | None = None) -> None:
+    A refusal with `logged` details is logged with them, such as the setting that would have admitted the request.
+    """
+
+    def __init__(self, code: str, retry_after: float | None = None, **logged: str) -> None:
         super().__init__(code)
         self.code = code
+        self.logged = logged
         self.headers = {} if retry_after is None else {"Retry-After": str(math.ceil(retry_after))}
 
 
@@ -129,20 +136,23 @@ class Api:
 API = web.AppKey("api", Api)
 LOOPBACK_ONLY = web.AppKey("loopback_only", bool)
 PAGES = web.AppKey("pages", asyncio.Semaphore)
+REFUSALS = web.AppKey("refusals", RefusalLog)
 
 
 def add_routes(app: web.Application) -> None:
     """Add the HTTP routes, the answers to refused requests and the headers of every answer; app[API] is set before."""
     app[LOOPBACK_ONLY] = access.is_loopback(app[API].settings.host)
     app[PAGES] = asyncio.Semaphore(PAGES_AT_ONCE)
+    app[REFUSALS] = RefusalLog(app[API].monotonic)
     app.middlewares.extend([close_surplus, answer_refusals])
     app.on_response_prepare.append(add_headers)
     app.router.add_post("/api/sessions", make_session)
     app.router.add_get("/api/sessions/{session_id:[^/]*}/conversations", read_conversations, allow_head=False)
     app.router.add_delete("/api/sessions/{session_id:[^/]*}", erase_session)
-    app.router.add_route("OPTIONS", "/api/{path:.*}", preflight)
+    app.router.add_get("/livez", livez)
     app.router.add_get("/health", health)
     app.router.add_get("/", index)
+    app.router.add_get("/{name:demo\\.(?:css|js)}", asset)
 
 
 # Refusals
@@ -164,17 +174,21 @@ async def answer_refusals(request: web.Request, handler: Handler) -> web.StreamR
     try:
         check_room(request)
         check_origin(request)
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            return preflight(request)
         await pass_over_body(request)
         return await handler(request)
     except HttpRefusal as refusal:
         code, headers = refusal.code, refusal.headers
+        if refusal.logged:
+            request.app[REFUSALS].note(code, **refusal.logged)
     except UnknownSession:
         code = "unknown_session"
     except NotPermitted:
         code = "sessions_managed_elsewhere"
     except Unavailable as error:
         code = "unavailable"
-        logger.warning("%s %s: %s", request.method, request.match_info.route.resource, error.cause)
+        log_failure(logging.WARNING, request, error.cause)
     except web.HTTPNotFound:
         code = "not_found"
     except web.HTTPMethodNotAllowed as error:
@@ -184,11 +198,18 @@ async def answer_refusals(request: web.Request, handler: Handler) -> web.StreamR
         raise
     except Exception as bug:
         code = "internal_error"
-        logger.error("%s %s: %s", request.method, request.match_info.route.resource, describe_bug(bug))
+        log_failure(logging.ERROR, request, describe_bug(bug))
         if request.writer.output_size:
             # The answer has begun, or the connection is a WebSocket by now: it can only be cut.
             raise ConnectionResetError from None
     return refusal_answer(code, headers)
+
+
+def log_failure(level: int, request: web.Request, cause: str) -> None:
+    """Log that a request failed, with its route in place of its path, which holds the session's id."""
+    resource = request.match_info.route.resource
+    route = "" if resource is None else resource.canonical
+    logger.log(level, "%s", logfmt(method=request.method, route=route, cause=cause))
 
 
 def refusal_answer(code: str, headers: Mapping[str, str]) -> web.Response:
@@ -199,17 +220,20 @@ def refusal_answer(code: str, headers: Mapping[str, str]) -> web.Response:
 def check_room(request: web.Request) -> None:
     """Refuse a request on a connection over the limit; a load balancer may still ask for the server's health."""
     if request.get(SURPLUS) and request.path not in PROBES:
-        raise HttpRefusal("too_many_connections", retry_after=FULL_RETRY_SECONDS)
+        raise HttpRefusal("too_many_connections", retry_after=FULL_RETRY_SECONDS, setting="MAX_CONNECTIONS")
 
 
 def check_origin(request: web.Request) -> None:
     """Refuse a request of a page whose origin may not talk to this server."""
     settings = request.app[API].settings
-    scheme = forwarded(request, "X-Forwarded-Proto") or request.scheme
+    scheme = access.http_scheme(forwarded(request, "X-Forwarded-Proto") or request.scheme)
     origin, own = request.headers.get("Origin"), f"{scheme}://{request.host}"
     guard_name = request.app[LOOPBACK_ONLY] and not settings.trust_proxy
     if not access.is_welcome(origin, own, settings.allowed_origins, guard_name=guard_name, name=settings.host):
-        raise HttpRefusal("origin_not_allowed")
+        proxy_scheme = access.last_forwarded(request.headers.getall("X-Forwarded-Proto", []))
+        setting = access.setting_that_admits(own, proxy_scheme, trust_proxy=settings.trust_proxy)
+        shown = (origin or own)[:MAX_LOGGED_ORIGIN_CHARACTERS]
+        raise HttpRefusal("origin_not_allowed", origin=shown, setting=setting)
 
 
 def forwarded(request: web.Request, name: str) -> str:
@@ -234,15 +258,30 @@ async def pass_over_body(request: web.Request) -> None:
         raise HttpRefusal("invalid_request") from None
 
 
-def check_access(request: web.Request, *, token_required: bool = True) -> str:
+def check_access(request: web.Request, *, token_required: bool = True, expired_accepted: bool = False) -> str:
     """Return the id of the session that a request is about; refuse a bad id and, with tokens in use, a bad token."""
-    session_id, secret = request.match_info["session_id"], request.app[API].settings.jwt_secret_key
+    api, session_id, token = request.app[API], request.match_info["session_id"], token_of(request)
     if not (1 <= len(session_id) <= MAX_SESSION_ID_CHARACTERS and session_id.isprintable()):
         raise HttpRefusal("invalid_session_id")
-    token = access.token_in(request.headers.get("Authorization", ""), request.query.get("token", ""))
-    if secret and (token or token_required) and not access.is_token_for(session_id, token, secret):
-        raise HttpRefusal("invalid_token")
+    secrets = api.settings.jwt_secret_key
+    if secrets and (token or token_required):
+        expires = access.token_expiry(session_id, token, secrets)
+        if expires is None or (expires <= api.clock() and not expired_accepted):
+            raise HttpRefusal("invalid_token", setting="JWT_SECRET_KEY")
     return session_id
+
+
+def token_of(request: web.Request) -> str:
+    """Return the token that a request brings; empty for none."""
+    return access.token_in(request.headers.get("Authorization", ""), request.query.get("token", ""))
+
+
+def fresh_token(api: Api, session_id: str, token: str) -> str:
+    """Return a new token for a pong, once less than half of the life of `token` is left; else an empty string."""
+    if not token or not api.settings.jwt_secret_key:
+        return ""
+    ttl_seconds = api.settings.session_ttl_hours * 3600
+    return access.fresh_token(session_id, token, api.settings.jwt_secret_key, ttl_seconds, api.clock())
 
 
 # Headers
@@ -251,19 +290,26 @@ def check_access(request: web.Request, *, token_required: bool = True) -> str:
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Add the security headers and, for a page of an allowed origin, those of CORS."""
     headers = response.headers
-    headers["Vary"] = "Origin"
+    headers.add("Vary", "Origin")
     if (origin := request.headers.get("Origin")) in request.app[API].settings.allowed_origins:
         headers["Access-Control-Allow-Origin"] = str(origin)
+        headers["Access-Control-Allow-Credentials"] = "true"
+        headers["Access-Control-Expose-Headers"] = "Retry-After"
     # The page has a policy of its own.
     policy = headers.get("Content-Security-Policy", SECURITY_HEADERS["Content-Security-Policy"])
     headers.update({**SECURITY_HEADERS, "Content-Security-Policy": policy})
 
 
-async def preflight(_: web.Request) -> web.Response:
-    """OPTIONS /api/...: tell a browser which requests of another origin are allowed."""
-    allowed = {"Methods": "GET, POST, DELETE", "Headers": "Authorization, Content-Type"}
-    headers = {f"Access-Control-Allow-{name}": value for name, value in allowed.items()}
-    return web.Response(status=204, headers={**headers, "Access-Control-Max-Age": "600"})
+def preflight(request: web.Request) -> web.Response:
+    """Tell a browser that the routes' methods and any header are allowed, as its CORS preflight asks."""
+    headers = {
+        "Access-Control-Allow-Methods": "GET, POST, DELETE",
+        "Access-Control-Max-Age": "600",
+        "Vary": "Access-Control-Request-Headers",
+    }
+    if wanted := request.headers.get("Access-Control-Request-Headers"):
+        headers["Access-Control-Allow-Headers"] = wanted
+    return web.Response(status=204, headers=headers)
 
 
 # Sessions and conversations
@@ -274,19 +320,19 @@ async def make_session(request: web.Request) -> web.Response:
     api = request.app[API]
     address = access.rate_limit_key(request.remote or "", forwarded(request, "X-Forwarded-For"))
     if wait := api.admit_address(address):
-        raise HttpRefusal("too_many_sessions", retry_after=wait)
+        raise HttpRefusal("too_many_sessions", retry_after=wait, setting="MAX_NEW_SESSIONS_PER_MINUTE")
     session_id = secrets.token_urlsafe(24)
     await api.storage.create_session(session_id)
     body = {"session_id": session_id, "websocket_path": f"/ws/session/{session_id}"}
     if api.settings.jwt_secret_key:
         expires = int(api.clock() + api.settings.session_ttl_hours * 3600)
-        body["token"] = access.issue_token(api.settings.jwt_secret_key, session_id, expires)
+        body["token"] = access.issue_token(api.settings.jwt_secret_key[0], session_id, expires)
     return web.json_response(body, status=201)
 
 
 async def read_conversations(request: web.Request) -> web.Response:
     """GET /api/sessions/{session_id}/conversations: a page of turns, the newest by default."""
-    session_id = check_access(request)
+    session_id = check_access(request, expired_accepted=True)
     limit = read_number(request, "limit", DEFAULT_PAGE_TURNS, MAX_PAGE_TURNS)
     before = read_number(request, "before", MAX_ID, MAX_ID)
     async with request.app[PAGES]:
@@ -315,15 +361,20 @@ def read_number(request: web.Request, name: str, default: int, most: int) -> int
 
 async def erase_session(request: web.Request) -> web.Response:
     """DELETE /api/sessions/{session_id}: erase the session with all that it said."""
-    await request.app[API].erase(check_access(request))
+    await request.app[API].erase(check_access(request, expired_accepted=True))
     return web.Response(status=204)
 
 
 # Health and the page
 
 
+async def livez(_: web.Request) -> web.Response:
+    """GET /livez: 200 as long as the process serves; a restart does not help against a database that is away."""
+    return web.json_response({"status": "ok"})
+
+
 async def health(request: web.Request) -> web.Response:
-    """GET /health: 200 while the database can be read, else 503."""
+    """GET /health: 200 while the database can be read, else 503; the state of the model changes no status."""
     api, status = request.app[API], 200
     try:
         await api.storage.ping()
@@ -331,29 +382,46 @@ async def health(request: web.Request) -> web.Response:
         status = 503
     state = "ok" if status == 200 else "unavailable"
     body = {"status": state, "database": state, "ai": api.counsellor.name, "version": api.version}
-    return web.json_response(body, status=status)
+    return web.json_response({**body, "model": api.model_health.state()}, status=status)
 
 
-async def index(_: web.Request) -> web.Response:
-    """GET /: the page."""
+async def index(request: web.Request) -> web.Response:
+    """GET /: the page, with what it needs to know as attributes of its body."""
+    api, page = request.app[API], await read_file("demo.html")
+    attributes = {
+        "answers": getattr(api.counsellor, "kind", "demo"),
+        "model": api.counsellor.name,
+        "keep-days": getattr(api.settings, "keep_days", 0),
+        "notice-url": api.settings.notice_url,
+    }
+    data = " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in attributes.items())
+    headers = {"Content-Security-Policy": content_security_policy(page)}
+    return web.Response(text=page.replace("<body", f"<body {data}", 1), content_type="text/html", headers=headers)
+
+
+async def asset(request: web.Request) -> web.Response:
+    """GET /demo.css and /demo.js: the page's style and script."""
+    name = request.match_info["name"]
+    kind = "text/css" if name.endswith(".css") else "text/javascript"
+    return web.Response(text=await read_file(name), content_type=kind)
+
+
+async def read_file(name: str) -> str:
     try:
-        page = await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
+        return await asyncio.to_thread((HERE / name).read_text, encoding="utf-8")
     except FileNotFoundError:
         raise HttpRefusal("not_found") from None
-    return web.Response(
-        text=page, content_type="text/html", headers={"Content-Security-Policy": content_security_policy(page)}
-    )
 
 
 def content_security_policy(page: str) -> str:
-    """Return the policy under which a page's own inline style and script run, and nothing else does."""
+    """Return the policy under which the page's own style and script run, and nothing else does."""
 
     def hashes(tag: str) -> str:
         blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
+        return "".join(f" 'sha256-{digest}'" for digest in digests)
 
     return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src 'self'{hashes('script')}; style-src 'self'{hashes('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )

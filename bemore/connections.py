@@ -6,6 +6,7 @@ A client that is slow in any other way is the reverse proxy's job (docs/deployme
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from aiohttp import web
@@ -99,3 +100,10 @@ class LimitedRunner(web.AppRunner):
         await super().shutdown()
         if self._limited is not None:
             await self._limited.shutdown(self._patience)
+
+
+def make_site(runner: web.AppRunner, host: str, port: int) -> web.BaseSite:
+    """Return where a runner listens; `::` stands for all addresses of IPv6 and IPv4."""
+    if host == "::" and socket.has_dualstack_ipv6():
+        return web.SockSite(runner, socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True))
+    return web.TCPSite(runner, host, port)

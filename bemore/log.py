@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -14,7 +16,7 @@ from aiohttp.http import HttpProcessingError
 
 logger = logging.getLogger("bemore_voice")
 
-# Within this time the same stray exception is logged once.
+# Within this time the same stray exception, or the same kind of refusal, is logged once.
 SAME_LINE_SECONDS = 60
 
 
@@ -29,11 +31,26 @@ def describe_bug(bug: BaseException) -> str:
     return type(bug).__name__ + (f" in {frames[-1].name}, line {frames[-1].lineno}" if frames else "")
 
 
-class LogFormatter(logging.Formatter):
-    """Write each record on one line, and of an exception only its type and place.
+def logfmt(**fields: object) -> str:
+    """Return fields as key=value; a value with spaces, quotes or = in it is quoted."""
+    return " ".join(f"{name}={quote(str(value))}" for name, value in fields.items())
 
-    The text of a library's exception may quote what was said, or a request line with its token.
+
+def quote(value: str) -> str:
+    if value and not re.search(r'[\s="\\]', value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+class LogFormatter(logging.Formatter):
+    """Write each record as one line of logfmt, and of an exception only its type and place.
+
+    A message that is no logfmt becomes the value of msg. The text of a library's exception may quote what was said, or
+    a request line with its token.
     """
+
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03d"
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
@@ -41,14 +58,19 @@ class LogFormatter(logging.Formatter):
             line = "".join(character if character.isprintable() else " " for character in line)
         return line
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        if not re.match(r"[a-z_]+=", record.message):
+            record.message = logfmt(msg=record.message)
+        return super().formatMessage(record)
+
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
-        return describe_bug(ei[1])
+        return logfmt(exception=describe_bug(ei[1]))
 
 
 def configure_logging(level: str) -> None:
     """Send all lines to stderr: this server's from `level` on, those of libraries from warnings on."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter("time=%(asctime)s level=%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logger.setLevel(level.upper())
     quiet_libraries()
@@ -69,6 +91,21 @@ def is_own_mistake(record: logging.LogRecord) -> bool:
     """Tell whether a record of aiohttp is about this server, and not about a client that left or sent no HTTP."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, ConnectionError | web.RequestPayloadError | HttpProcessingError)
+
+
+class RefusalLog:
+    """Log refused requests, at most one line in SAME_LINE_SECONDS for each code."""
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        # By code, the moment from which it is logged again.
+        self._quiet_until: dict[str, float] = {}
+
+    def note(self, code: str, **details: str) -> None:
+        now = self._monotonic()
+        if now >= self._quiet_until.get(code, now):
+            self._quiet_until[code] = now + SAME_LINE_SECONDS
+            logger.warning("%s", logfmt(refused=code, **details))
 
 
 class StrayExceptionLog:

@@ -4,13 +4,16 @@ import pytest
 
 from bemore.access import (
     AddressLimit,
+    fresh_token,
+    http_scheme,
     is_loopback,
     is_own_name,
-    is_token_for,
     is_welcome,
     issue_token,
     last_forwarded,
     rate_limit_key,
+    setting_that_admits,
+    token_expiry,
     token_in,
 )
 
@@ -137,13 +140,57 @@ def test_an_address_that_is_quiet_again_is_forgotten() -> None:
     assert len(limit) == 1
 
 
-def test_a_token_is_good_for_its_session_alone() -> None:
+@pytest.mark.parametrize(
+    ("scheme", "page"), [("wss", "https"), ("WS", "http"), ("https", "https"), ("HTTP", "http"), ("", "")]
+)
+def test_a_proxys_websocket_scheme_is_that_of_its_page(scheme: str, page: str) -> None:
+    assert http_scheme(scheme) == page
+
+
+@pytest.mark.parametrize(
+    ("own", "forwarded", "trust_proxy", "setting"),
+    [
+        ("http://voice.example", "https", False, "TRUST_PROXY"),
+        ("http://voice.example", "wss", False, "TRUST_PROXY"),
+        ("http://voice.example", "", False, "ALLOWED_ORIGINS"),
+        ("http://voice.example", "http", False, "ALLOWED_ORIGINS"),
+        ("https://voice.example", "https", True, "ALLOWED_ORIGINS"),
+    ],
+)
+def test_a_refused_origin_names_the_setting_that_admits_it(
+    own: str, forwarded: str, trust_proxy: bool, setting: str
+) -> None:
+    assert setting_that_admits(own, forwarded, trust_proxy=trust_proxy) == setting
+
+
+def test_a_token_is_of_its_session_and_secret_alone() -> None:
+    token = issue_token(SECRET, "가", 1)
+    assert token_expiry("가", token, [SECRET]) == 1
+    assert token_expiry("나", token, [SECRET]) is None
+    assert token_expiry("가", token, [SECRET[::-1]]) is None
+    assert token_expiry("가", token, []) is None
+    assert token_expiry("가", "", [SECRET]) is None
+
+
+def test_after_a_rotation_tokens_of_the_old_secret_are_still_ours() -> None:
     token = issue_token(SECRET, "가", 2**40)
-    assert is_token_for("가", token, SECRET)
-    assert not is_token_for("나", token, SECRET)
-    assert not is_token_for("가", token, SECRET[::-1])
-    assert not is_token_for("가", issue_token(SECRET, "가", 1), SECRET)  # long over
-    assert not is_token_for("가", "", SECRET)
+    assert token_expiry("가", token, [SECRET[::-1], SECRET]) == 2**40
+
+
+@pytest.mark.parametrize(("left", "due"), [(101, False), (51, False), (50, False), (49, True), (-1, True)])
+def test_a_token_is_renewed_once_less_than_half_of_its_life_is_left(left: int, due: bool) -> None:
+    token = issue_token(SECRET, "가", 1000 + left)
+    fresh = fresh_token("가", token, [SECRET[::-1], SECRET], ttl_seconds=100, now=1000)
+    assert bool(fresh) is due
+    if due:
+        assert token_expiry("가", fresh, [SECRET[::-1]]) == 1100
+
+
+def test_a_token_that_is_not_ours_is_not_renewed() -> None:
+    token = issue_token(SECRET, "가", 1)
+    assert fresh_token("나", token, [SECRET], ttl_seconds=100, now=0) == ""
+    assert fresh_token("가", token, [SECRET[::-1]], ttl_seconds=100, now=0) == ""
+    assert fresh_token("가", "", [SECRET], ttl_seconds=100, now=0) == ""
 
 
 @pytest.mark.parametrize(

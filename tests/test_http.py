@@ -1,8 +1,7 @@
 """HTTP: sessions, health, the page, and what is refused before the upgrade."""
 
 import asyncio
-import base64
-import hashlib
+import html
 import io
 import re
 import time
@@ -17,7 +16,7 @@ from support import SECRET, FaultyStorage, ScriptedCounsellor, Server, logged, m
 from tools import PATIENCE
 from yarl import URL
 
-from bemore.api import HTTP_ERRORS
+from bemore.api import API, HTTP_ERRORS, ModelHealth
 from bemore.demo import Demo
 from bemore_voice import __version__, make_storage
 
@@ -141,7 +140,27 @@ async def test_sessions_that_another_service_makes_are_not_made_here(postgres_ur
 async def test_health_tells_who_answers(server: Server) -> None:
     async with server.http.get(f"{server.url}/health") as response:
         assert response.status == 200
-        assert await response.json() == {"status": "ok", "database": "ok", "ai": "scripted", "version": __version__}
+        body = await response.json()
+    assert body.pop("model")["state"] == "unknown"
+    assert body == {"status": "ok", "database": "ok", "ai": "scripted", "version": __version__}
+
+
+def test_the_models_health_is_that_of_the_last_reply_since_it_changed() -> None:
+    now = [1_800_000_000.0]
+    model = ModelHealth(lambda: now[0])
+    assert model.state() == {"state": "unknown", "since": "2027-01-15T08:00:00.000Z"}
+    states = []
+    for ok in (True, True, False, False, True):
+        now[0] += 60
+        model.note(ok)
+        states.append((model.state()["state"], model.state()["since"][11:16]))
+    assert states == [("ok", "08:01")] * 2 + [("failing", "08:03")] * 2 + [("ok", "08:05")]
+
+
+async def test_a_failing_model_shows_in_health_and_changes_no_status(server: Server) -> None:
+    server.runner.app[API].model_health.note(False)
+    async with server.http.get(f"{server.url}/health") as response:
+        assert (response.status, (await response.json())["model"]["state"]) == (200, "failing")
 
 
 async def test_without_its_database_the_server_is_not_well_until_it_is_back(tmp_path: Path) -> None:
@@ -152,6 +171,8 @@ async def test_without_its_database_the_server_is_not_well_until_it_is_back(tmp_
         async with server.http.get(f"{server.url}/health") as response:
             assert response.status == 503
             assert (await response.json())["database"] == "unavailable"
+        async with server.http.get(f"{server.url}/livez") as response:
+            assert (response.status, await response.json()) == (200, {"status": "ok"})
         async with server.http.post(f"{server.url}/api/sessions") as response:
             assert (response.status, (await response.json())["code"]) == (503, "unavailable")
         async with server.connect() as client:
@@ -170,6 +191,32 @@ async def test_the_page_says_what_this_is(server: Server) -> None:
     assert response.status == 200
     assert response.content_type == "text/html"
     assert all(word in page for word in ("인공지능", "tel:109", "tel:119", "/health"))
+
+
+async def test_the_page_is_told_its_settings_as_attributes(tmp_path: Path) -> None:
+    notice = "https://app.example/?a=1&b='x'"
+    counsellor = ScriptedCounsellor()
+    counsellor.name = 'a "model" <b>'
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db", NOTICE_URL=notice), counsellor) as server:
+        async with server.http.get(f"{server.url}/") as response:
+            found = re.findall("<body ([^>]*)>", await response.text())
+    assert len(found) == 1
+    given = {name: html.unescape(value) for name, value in re.findall('data-([a-z-]+)="([^"]*)"', found[0])}
+    assert (given["model"], given["notice-url"], given["keep-days"]) == (counsellor.name, notice, "0")
+    assert given["answers"] in ("demo", "gemini", "openai")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("demo.css", "text/css"), ("demo.js", "text/javascript")])
+async def test_the_pages_files_are_served_beside_it(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    monkeypatch.setattr("bemore.api.HERE", tmp_path)
+    async with server.http.get(f"{server.url}/{name}") as response:
+        assert (response.status, (await response.json())["code"]) == (404, "not_found")
+    (tmp_path / name).write_text("/* 한글 */", encoding="utf-8")
+    async with server.http.get(f"{server.url}/{name}") as response:
+        assert (response.status, response.content_type) == (200, kind)
+        assert await response.text() == "/* 한글 */"
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("DELETE", "/health", 405)])
@@ -297,17 +344,15 @@ async def test_every_answer_has_its_headers(server: Server) -> None:
         assert (response.status, response.headers["Server"]) == (101, "BeMore voice")
 
 
-async def test_the_page_is_allowed_itself_alone(server: Server) -> None:
+async def test_the_page_may_load_its_own_files_alone(server: Server) -> None:
     async with server.http.get(f"{server.url}/") as response:
         policy = response.headers["Content-Security-Policy"]
-        page = await response.text()
     assert "unsafe" not in policy
     assert "*" not in policy
-    assert "frame-ancestors 'none'" in policy
-    for tag in ("script", "style"):
-        (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
+    rules = {name: set(values) for name, *values in (rule.split() for rule in policy.split("; "))}
+    assert rules["default-src"] == rules["frame-ancestors"] == {"'none'"}
+    for name in ("script-src", "style-src"):
+        assert {value for value in rules[name] if not value.startswith("'sha256-")} == {"'self'"}
 
 
 # Origins
@@ -386,12 +431,13 @@ async def test_a_server_that_others_reach_goes_by_any_name(tmp_path: Path) -> No
             await client.silent()
 
 
+@pytest.mark.parametrize("scheme", ["https", "wss"])
 @pytest.mark.parametrize(("trusted", "passes"), [(1, True), (0, False)])
 async def test_behind_a_proxy_that_ends_tls_its_word_for_the_scheme_counts(
-    tmp_path: Path, trusted: int, passes: bool
+    tmp_path: Path, trusted: int, passes: bool, scheme: str
 ) -> None:
     settings = make_settings(f"sqlite:///{tmp_path}/a.db", TRUST_PROXY=trusted, HOST="0.0.0.0")
-    headers = {"Host": "voice.example", "Origin": "https://voice.example", "X-Forwarded-Proto": "http, https"}
+    headers = {"Host": "voice.example", "Origin": "https://voice.example", "X-Forwarded-Proto": f"http, {scheme}"}
     async with serve(settings, Demo()) as server:
         async with server.http.post(f"{server.url}/api/sessions", headers=headers) as response:
             assert response.status == (201 if passes else 403)
@@ -402,13 +448,70 @@ async def test_behind_a_proxy_that_ends_tls_its_word_for_the_scheme_counts(
         assert await refused(server, "/ws/session/x", headers=headers) == (403, "origin_not_allowed")
 
 
-async def test_a_preflight_is_answered(guarded: Server) -> None:
+FRONTEND_HEADERS = "authorization,content-type,x-client-version,x-csrf-token,x-device-id,x-request-id,x-timestamp"
+
+
+@pytest.mark.parametrize("path", ["/api/sessions", "/api/sessions/x/conversations", "/health", "/nowhere"])
+async def test_a_preflight_of_an_allowed_origin_allows_any_header(guarded: Server, path: str) -> None:
     headers = {"Origin": ALLOWED, "Access-Control-Request-Method": "POST"}
-    async with guarded.http.options(f"{guarded.url}/api/sessions", headers=headers) as response:
+    headers["Access-Control-Request-Headers"] = FRONTEND_HEADERS
+    async with guarded.http.options(guarded.url + path, headers=headers) as response:
         assert response.status == 204
-        assert response.headers["Access-Control-Allow-Origin"] == ALLOWED
-        assert response.headers["Access-Control-Allow-Methods"] == "GET, POST, DELETE"
-        assert "Authorization" in response.headers["Access-Control-Allow-Headers"]
+        allowed = {name: response.headers[f"Access-Control-Allow-{name}"] for name in ("Origin", "Methods", "Headers")}
+        assert allowed == {"Origin": ALLOWED, "Methods": "GET, POST, DELETE", "Headers": FRONTEND_HEADERS}
+        assert response.headers["Access-Control-Allow-Credentials"] == "true"
+        assert set(response.headers.getall("Vary")) == {"Origin", "Access-Control-Request-Headers"}
+
+
+async def test_an_allowed_origin_may_read_when_to_try_again(guarded: Server) -> None:
+    async with guarded.http.get(f"{guarded.url}/nowhere", headers={"Origin": ALLOWED}) as response:
+        assert response.headers["Access-Control-Expose-Headers"] == "Retry-After"
+        assert response.headers["Access-Control-Allow-Credentials"] == "true"
+
+
+async def test_options_that_ask_for_nothing_are_no_preflight(guarded: Server) -> None:
+    async with guarded.http.options(f"{guarded.url}/api/sessions") as response:
+        assert (response.status, response.headers["Allow"]) == (405, "POST")
+
+
+# Refusals in the log
+
+
+def refusals() -> list[str]:
+    return [line for line in logged if "refused=" in line]
+
+
+async def test_a_refused_origin_is_logged_with_the_setting_once_a_minute(tmp_path: Path) -> None:
+    clock = [0.0]
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", HOST="0.0.0.0")
+    behind_tls = {"Host": "voice.example", "Origin": "https://voice.example", "X-Forwarded-Proto": "wss"}
+    async with serve(settings, Demo(), monotonic=lambda: clock[0]) as server:
+        for _ in range(3):
+            await refused(server, "/ws/session/hush", headers={"Origin": "http://localhost:3000"})
+        assert refusals() == ["WARNING refused=origin_not_allowed origin=http://localhost:3000 setting=ALLOWED_ORIGINS"]
+        clock[0] += 60
+        await refused(server, "/ws/session/hush", headers=behind_tls)
+        assert refusals()[1:] == ["WARNING refused=origin_not_allowed origin=https://voice.example setting=TRUST_PROXY"]
+
+
+async def test_each_kind_of_refusal_is_logged_and_no_token_or_id(tmp_path: Path) -> None:
+    settings = make_settings(
+        f"sqlite:///{tmp_path}/a.db", JWT_SECRET_KEY=SECRET, MAX_CONNECTIONS=1, MAX_NEW_SESSIONS_PER_MINUTE=1
+    )
+    async with serve(settings, Demo()) as server:
+        assert await refused(server, "/ws/session/hush?token=hush") == (401, "invalid_token")
+        await new_session(server)
+        assert (await new_session(server))[0] == 429
+        # The connection of those requests is kept alive, so that this one is over the limit.
+        reader, writer = await raw(server, b"GET /hush?token=hush HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert b" 503 " in await reader.readline()
+        writer.close()
+    assert refusals() == [
+        "WARNING refused=invalid_token setting=JWT_SECRET_KEY",
+        "WARNING refused=too_many_sessions setting=MAX_NEW_SESSIONS_PER_MINUTE",
+        "WARNING refused=too_many_connections setting=MAX_CONNECTIONS",
+    ]
+    assert not any("hush" in line for line in logged)
 
 
 # Tokens
@@ -448,6 +551,45 @@ async def test_a_token_opens_its_session_only(tmp_path: Path, required: int) -> 
         else:
             async with server.connect("s") as client:
                 await client.silent()
+
+
+async def test_after_a_rotation_the_new_secret_signs_and_the_old_one_verifies(tmp_path: Path) -> None:
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", JWT_SECRET_KEY=f"{'n' * 32},{SECRET}")
+    async with serve(settings, Demo()) as server:
+        async with server.http.post(f"{server.url}/api/sessions") as response:
+            made = await response.json()
+        assert jwt.decode(made["token"], "n" * 32, algorithms=["HS256"])["sub"] == made["session_id"]
+        for token in (token_for("s"), token_for("s", secret="n" * 32)):
+            async with server.connect("s", params={"token": token}) as client:
+                await client.silent()
+        bad = token_for("s", secret="f" * 32)
+        assert await refused(server, "/ws/session/s", params={"token": bad}) == (401, "invalid_token")
+
+
+async def test_a_pong_carries_a_fresh_token_when_half_of_its_life_is_over(tmp_path: Path) -> None:
+    clock = [time.time()]
+    settings = make_settings(f"sqlite:///{tmp_path}/a.db", JWT_SECRET_KEY=SECRET, SESSION_TTL_HOURS=1)
+    token = token_for("s", exp=int(clock[0]) + 3600)
+
+    async def pong(client: Any) -> dict[str, Any]:
+        await client.send("ping")
+        frame: dict[str, Any] = await client.frame()
+        return frame
+
+    async with serve(settings, Demo(), clock=lambda: clock[0]) as server:
+        async with server.connect("s", params={"token": token}) as client, server.connect("s") as without:
+            assert "token" not in await pong(client)
+            clock[0] += 2000
+            frame = await pong(client)
+            assert jwt.decode(frame["token"], SECRET, algorithms=["HS256"])["sub"] == "s"
+            assert set(frame["data"]) == {"timestamp"}
+            # The socket remembers the token that it was given.
+            assert "token" not in await pong(client)
+            assert "token" not in await pong(without)
+        clock[0] += 2000
+        assert await refused(server, "/ws/session/s", params={"token": token}) == (401, "invalid_token")
+        async with server.connect("s", params={"token": frame["token"]}) as client:
+            await client.silent()
 
 
 async def test_http_refusals_do_not_read_as_an_expired_session() -> None:

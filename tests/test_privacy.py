@@ -35,7 +35,7 @@ from yarl import URL
 from bemore.care import FIRST, Signal
 from bemore.counsellor import Emotion
 from bemore.demo import Demo
-from bemore.log import LogFormatter, StrayExceptionLog
+from bemore.log import LogFormatter, StrayExceptionLog, logfmt
 from bemore.storage import ADD_TURN, DELETE_SESSION, SCHEMA, NewTurn
 from bemore_voice import SESSIONS, make_counsellor, make_storage, system_prompt
 
@@ -397,7 +397,6 @@ async def test_sessions_that_another_service_owns_are_not_erased_here(postgres_u
 
 
 BAD_TOKENS = {
-    "expired": token_for("가", exp=1),
     "of another session": token_for("나"),
     "signed with another secret": token_for("가", secret="f" * 32),
     "alg none": token_for("가", secret=None, algorithm="none"),
@@ -432,6 +431,15 @@ async def test_reading_and_erasing_without_the_sessions_token_give_one_answer(
         assert len(answers) == 1
         assert answers.pop()[0] == 401
         assert list(await server.storage.fetch("SELECT * FROM sessions"))
+
+
+async def test_an_expired_token_of_ours_still_reads_and_erases(tmp_path: Path) -> None:
+    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db", JWT_SECRET_KEY=SECRET), Demo()) as server:
+        await server.storage.create_session("가")
+        expired: dict[str, Any] = {"params": {"token": token_for("가", exp=1)}}
+        assert (await read(server, **expired))[0] == 200
+        assert await erase(server, **expired) == 204
+        assert (await read(server, **expired))[0] == 404
 
 
 async def test_a_token_in_the_wrong_place_is_none(tmp_path: Path) -> None:
@@ -483,6 +491,9 @@ async def test_nothing_that_a_client_sends_reaches_the_instruction(gemini: Gemin
 # Logs
 
 
+LOGFMT = r"""time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3} level=[A-Z]+( \w+=([^\s="]+|"([^"\\]|\\.)*"))+$"""
+
+
 async def test_a_request_that_is_no_http_is_not_quoted_in_the_log(tmp_path: Path) -> None:
     requests = [
         b"GET /ws/session/hush-id?token=hush-token HTTP/1.1\r\nHost: 127.0.0.1\r\nhush header\r\n\r\n",
@@ -503,7 +514,15 @@ async def test_a_request_that_is_no_http_is_not_quoted_in_the_log(tmp_path: Path
         assert await program.end() == 0
     assert "hush" not in program.log
     assert "forged" not in program.log
-    assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in program.log.splitlines())
+    assert all(re.match(LOGFMT, line) for line in program.log.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [("ok", "ok"), (5, "5"), ("", '""'), ("a b", '"a b"'), ('a"b\\', r'"a\"b\\"'), ("a=b", '"a=b"'), ("109", "109")],
+)
+def test_a_value_with_spaces_is_quoted_in_logfmt(value: object, written: str) -> None:
+    assert logfmt(a=value, b=1) == f"a={written} b=1"
 
 
 def test_a_log_line_is_one_line_and_quotes_no_exception() -> None:
@@ -514,11 +533,15 @@ def test_a_log_line_is_one_line_and_quotes_no_exception() -> None:
         record = logging.LogRecord(
             "x", 40, "x.py", 1, "a\r\n%s", ("b\x1b[31m\u2028c",), (type(error), error, error.__traceback__)
         )
-    line = LogFormatter("%(levelname)s %(message)s").format(record)
+    line = LogFormatter("level=%(levelname)s %(message)s").format(record)
     assert line.isprintable()
-    assert line.startswith("ERROR a  b [31m c ")
-    assert "JSONDecodeError in raw_decode" in line
+    assert line.startswith('level=ERROR msg="a  b [31m c" exception="JSONDecodeError in raw_decode, line ')
     assert "hush" not in line
+
+
+def test_a_message_in_logfmt_stays_as_it_is() -> None:
+    record = logging.LogRecord("x", 20, "x.py", 1, "session=%s outcome=%s", ("ab", "complete"), None)
+    assert LogFormatter("level=%(levelname)s %(message)s").format(record) == "level=INFO session=ab outcome=complete"
 
 
 async def test_a_mistake_of_ours_is_answered_and_logged_without_words(
