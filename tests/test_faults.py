@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from standin import Answer, GeminiStandIn, event, status, stream
+from standin import Answer, GeminiStandIn, event, reset_after, silent_after, status, stream
 from support import (
     CANARY,
     Client,
     FaultyStorage,
     ScriptedCounsellor,
     Server,
+    Serving,
     Wire,
     kinds_of,
     make_settings,
     serve,
     text_of,
 )
-from test_gemini import reset_after, silent_after
 from tools import until
 
 from bemore.care import BLOCKED_REPLY
@@ -283,8 +283,7 @@ async def test_a_slow_database_does_not_hold_up_other_sessions_streams(
             answered.set()
 
         storage.wait = two_seconds
-        async with server.http.ws_connect(f"{server.url}/ws/session/가") as ws:
-            slow = Client(ws)
+        async with server.connect() as slow:
             answered.clear()
             await slow.ask()
             for number in range(50):
@@ -298,34 +297,14 @@ async def test_a_slow_database_does_not_hold_up_other_sessions_streams(
             assert kinds_of(await other.reply())[-1] == "complete"
 
 
-async def test_a_failed_insert_is_stored_once_when_nobody_knows_whether_it_was(
-    counsellor: ScriptedCounsellor, database_url: str
-) -> None:
-    """The database commits, and goes away before it can say so."""
-    settings = make_settings(database_url, AUTO_CREATE_SESSIONS=1)
-    inner = make_storage(settings)
-
-    class Forgetful(FaultyStorage):
-        lost = 2
-
-        async def _fetch(self, sql: str, *values: object) -> Any:
-            rows = await super().fetch(sql, *values)
-            if "INSERT INTO conversations" in sql and self.lost:
-                self.lost -= 1
-                self.fail()
-                raise self.fault or AssertionError
-            return rows
-
-    storage = Forgetful(inner)
-
-    async def heal(_: str) -> None:
-        storage.heal()
-
-    storage.wait = heal
-    async with serve(settings, counsellor, storage) as server, server.connect() as client:
+async def test_insert_whose_answer_is_lost_stores_one_row(serving: Serving, database_url: str) -> None:
+    """The database commits, and the connection fails before it can say so."""
+    async with serving(database_url) as server, server.connect() as client:
         for _ in range(2):
+            server.faults.lose_answers("INSERT INTO conversations", 1)
             await client.ask("같은 말")
             assert kinds_of(await client.reply())[-1] == "complete"
+        assert server.faults.failed == 2
         assert len(await server.rows()) == 2
 
 

@@ -8,7 +8,7 @@ import time
 import tracemalloc
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from email.utils import formatdate
 from typing import Any
 
@@ -18,7 +18,7 @@ from google import genai
 from google.genai import types
 from hypothesis import given
 from hypothesis import strategies as st
-from standin import Answer, GeminiStandIn, event, status, stream
+from standin import Answer, GeminiStandIn, event, reset_after, silent_after, status, stream
 from tools import until
 
 from bemore.counsellor import RISK_MARKER, Blocked, Failed, Notice, Prompt, Turn
@@ -273,21 +273,6 @@ async def test_no_encoding_but_identity_is_read(gemini: GeminiStandIn, model: Ge
 # Retries
 
 
-def reset_after(*blocks: bytes) -> Answer:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        for block in blocks:
-            await response.write(block)
-        assert request.transport is not None
-        if blocks:
-            await asyncio.sleep(0.1)  # a reset overtakes what was written just before it
-        request.transport.abort()
-        return response
-
-    return answer
-
-
 @pytest.mark.parametrize("fault", [status(408), status(429), status(500), status(503), status(599), reset_after()])
 async def test_a_passing_fault_before_the_first_chunk_is_tried_again(
     gemini: GeminiStandIn, model: Gemini, fault: Answer
@@ -365,18 +350,6 @@ async def test_a_name_that_nobody_knows_fails(gemini: GeminiStandIn) -> None:
 
 
 # Time limits
-
-
-def silent_after(*blocks: bytes, headers: Mapping[str, str] | None = None) -> Answer:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers=headers)
-        await response.prepare(request)
-        for block in blocks or [b""]:
-            await response.write(block or b"\n")
-        await asyncio.Event().wait()
-        return response
-
-    return answer
 
 
 async def test_a_first_chunk_that_never_comes_is_not_tried_again(gemini: GeminiStandIn) -> None:

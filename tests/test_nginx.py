@@ -17,7 +17,7 @@ import pytest
 from aiohttp import WSCloseCode, web
 from aiohttp.test_utils import unused_port
 from standin import GeminiStandIn, event
-from support import CANARY, ENDS, SECRET, Client, Program, hear, kinds_of, logged, started, text_of
+from support import CANARY, ENDS, SECRET, Client, Program, hear, is_listening, kinds_of, logged, started, text_of
 from tools import PATIENCE, until
 
 DEPLOYMENT = Path(__file__).parent.parent / "docs" / "deployment.md"
@@ -126,15 +126,6 @@ async def eventually(happened: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def is_listening(port: int) -> bool:
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except ConnectionRefusedError:
-        return False
-    writer.close()
-    return True
-
-
 class Halves:
     """A model that says the first half of its reply at once, and the second when the test lets it."""
 
@@ -192,7 +183,7 @@ class Person:
         async with asyncio.timeout(PATIENCE):
             while True:
                 with contextlib.suppress(aiohttp.ClientError):  # nginx' 502 too
-                    self.client = Client(await self.site.http.ws_connect(url))
+                    self.client = await Client(self.site.http, url).open()
                     return
                 await asyncio.sleep(0.05)
 
@@ -473,11 +464,11 @@ async def test_the_headers_of_the_handshake_get_through(
             {"headers": {"Origin": site.url}, "params": {"token": token}},
         ]
         for option in options:
-            async with site.http.ws_connect(url, **option) as ws:
-                client = Client(ws)
-                await client.silent()
-                await client.ask(CANARY)
-                assert text_of(await client.reply()) == REPLY
+            client = await Client(site.http, url, **option).open()
+            await client.silent()
+            await client.ask(CANARY)
+            assert text_of(await client.reply()) == REPLY
+            await client.close()
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
             await site.http.ws_connect(url, headers=bearer | {"Origin": "https://elsewhere.example"})
         assert refused.value.status == 403

@@ -16,9 +16,8 @@ from aiohttp import web
 from aiohttp.test_utils import unused_port
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from playwright.async_api import Browser, BrowserContext, Locator, Page, Route, async_playwright, expect
-from standin import Answer, GeminiStandIn, event
+from standin import Answer, GeminiStandIn, event, silent_after
 from support import CANARY, ScriptedCounsellor, Server, Talk, hear, make_settings, serve, started
-from test_gemini import silent_after
 from tools import PATIENCE, until
 
 from bemore.demo import Demo

@@ -1,7 +1,6 @@
 """Pleas for help: nothing refuses, withdraws or loses the prepared sentence, and a flood of them costs nobody else."""
 
 import asyncio
-import contextlib
 import itertools
 import statistics
 import time
@@ -15,6 +14,7 @@ from support import (
     FaultyStorage,
     ScriptedCounsellor,
     Server,
+    is_listening,
     kinds_of,
     make_settings,
     send_together,
@@ -175,22 +175,6 @@ async def test_an_explicit_one_cuts_the_reply_in_progress_short_and_goes_ahead_o
         assert text_of(await client.reply()) == "들은 말: 둘"  # the others keep their turn
         assert (await client.frame())["code"] == "empty_message"
     assert [row[:2] for row in await server.rows()] == [("하나", "첫째"), (PLEA, FULL + "네."), ("둘", "들은 말: 둘")]
-
-
-async def test_of_several_explicit_ones_none_waits_for_the_model(
-    server: Server, counsellor: ScriptedCounsellor
-) -> None:
-    talks = [counsellor.expect() for _ in range(3)]  # none of which says a word
-    async with server.connect() as client:
-        await send_together(client, ASK, ASK, ASK)
-        for ends in (True, True, False):
-            assert kinds_of([await client.frame(), await client.frame()]) == ["begin", "chunk"]
-            if ends:
-                assert (await client.frame())["interrupted"] is True
-        talks[-1].end()
-        for talk in talks[:-1]:
-            talk.end()
-        assert kinds_of(await client.reply()) == ["complete"]
 
 
 async def test_it_does_not_wait_for_a_database_that_hangs(counsellor: ScriptedCounsellor, tmp_path: Path) -> None:
@@ -423,15 +407,6 @@ async def test_a_stop_of_the_server_does_not_refuse_it(server: Server, counsello
     assert len(counsellor.prompts) == 1
 
 
-async def refused(port: int) -> None:
-    """Wait until the server takes no new connection."""
-    with contextlib.suppress(ConnectionRefusedError):
-        while True:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.close()
-            await writer.wait_closed()
-
-
 async def test_one_that_comes_while_the_server_stops_is_answered_and_stored(tmp_path: Path) -> None:
     async with started(tmp_path) as program:
         async with program.connect() as client:
@@ -439,7 +414,8 @@ async def test_one_that_comes_while_the_server_stops_is_answered_and_stored(tmp_
             await client.frame()
             await client.frame()
             program.process.terminate()
-            await refused(program.port)
+            while await is_listening(program.port):
+                pass
             await client.ask(PLEA)
             assert (await client.reply())[-1]["interrupted"] is True
             frames = await client.reply()

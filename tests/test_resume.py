@@ -80,7 +80,7 @@ async def test_cut_at_every_chunk_boundary_the_text_ends_up_the_same(tmp_path: P
             async with AsyncExitStack() as stack, Wire(lambda: asyncio.open_connection(*server.address)) as wire:
                 talk, page = counsellor.expect(), Frontend()
                 url = f"http://127.0.0.1:{wire.port}/ws/session/가"
-                client = Client(await stack.enter_async_context(server.http.ws_connect(url, timeout=IMPATIENT)))
+                client = await Client(server.http, url, timeout=IMPATIENT).open()
                 await client.ask(f"말 {boundary}")
                 await talk.asked.wait()
                 if boundary:
@@ -115,7 +115,7 @@ async def test_what_was_written_but_never_arrived_is_sent_again(tmp_path: Path) 
     async with serve(settings, counsellor) as server, Wire(lambda: asyncio.open_connection(*server.address)) as wire:
         async with server.http.ws_connect(f"http://127.0.0.1:{wire.port}/ws/session/가", timeout=IMPATIENT) as ws:
             talk = counsellor.expect()
-            await Client(ws).ask()
+            await ws.send_json({"type": "request_ai_response", "data": {"message": "가"}})
             await talk.asked.wait()
             wire.freeze()
             talk.say(*WORDS).end()

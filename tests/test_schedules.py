@@ -22,7 +22,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from standin import GeminiStandIn, event, status
-from support import ENDS, Client, FaultyStorage, Server, kinds_of, make_settings, send_together, serve, text_of
+from support import ENDS, FaultyStorage, Server, kinds_of, make_settings, masked, serve, text_of
 from tools import PATIENCE, until
 
 from bemore.care import FIRST, SHORT, signal_in
@@ -81,7 +81,8 @@ class Page:
             return
         pongs = self.pongs + 1
         with contextlib.suppress(ConnectionError):  # it has just been closed
-            await send_together(Client(self.ws), *frames, ("ping", None))
+            packet = b"".join(masked(json.dumps({"type": k, "data": d}).encode()) for k, d in (*frames, ("ping", None)))
+            os.write(self.ws.get_extra_info("socket").fileno(), packet)
         async with asyncio.timeout(PATIENCE), self._news:
             await self._news.wait_for(lambda: self.pongs >= pongs or self.ws is None)
 
