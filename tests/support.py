@@ -71,7 +71,7 @@ class FaultyStorage(Storage):
 
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
-        self.where = inner.where
+        self.description = inner.description
         self.fault: Unavailable | None = None
         self.broken: set[object] = set()  # sessions for which the database does not answer
         self.wait: Callable[[str], Awaitable[None]] | None = None
@@ -88,7 +88,7 @@ class FaultyStorage(Storage):
         await self.inner.__aexit__()
         self._check_met()
 
-    async def fetch(self, sql: str, *values: object) -> Sequence[Any]:
+    async def _run(self, sql: str, values: Sequence[object], *, create: bool) -> Sequence[Any]:
         self.statements.append(sql)
         if self.wait is not None:
             await self.wait(sql)
@@ -96,16 +96,13 @@ class FaultyStorage(Storage):
             self.failed += 1
             self._unmet = ""
             raise self.fault or Unavailable("database: test")
-        rows = await self.inner.fetch(sql, *values)
+        rows = await self.inner.fetch(sql, *values, create=create)
         if self._lost and self._lost[-1] in sql:
             self._lost.pop()
             self.failed += 1
             self._unmet = "lose_answers" if self._lost else ""
             raise Unavailable("database: test")
         return rows
-
-    async def settled(self) -> None:
-        await self.inner.settled()
 
     def hang(self) -> asyncio.Event:
         """Let no statement through until the event is set that is returned."""
@@ -157,9 +154,9 @@ class Talk:
         """Wait until the server has been told all that was said so far."""
         await self._words.join()
 
-    def notice(self) -> Self:
-        """Tell the server that the person is in danger."""
-        self._words.put_nowait(Notice.RISK)
+    def notice(self, notice: Notice = Notice.SELF) -> Self:
+        """Tell the server that the person is in danger, or a danger to others."""
+        self._words.put_nowait(notice)
         return self
 
     def end(self) -> Self:

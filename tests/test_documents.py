@@ -2,45 +2,48 @@
 
 import ast
 import asyncio
+import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import warnings
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from aiohttp import WSCloseCode
-from dotenv import dotenv_values
-from pytest_aiohttp.plugin import AiohttpServer
-from support import ScriptedCounsellor, make_settings, serve
-
 from bemore.api import HTTP_ERRORS
-from bemore.counsellor import Emotion
+from documents import DOCUMENTS, ROOT, blocks, names, prose, rows, tables, text_of_file
+from dotenv import dotenv_values
+from jsonschema import Draft202012Validator
+from playwright.async_api import async_playwright
+from support import SECRET, Client, ScriptedCounsellor, Server, make_settings, serve, token_for
+
+from bemore.counsellor import Emotion, Failed
 from bemore.demo import Demo
 from bemore.settings import Settings, read_settings
-from bemore_voice import (
-    BEGIN,
-    COMPLETE,
-    INTERRUPTED,
-    MAX_FRAME_BYTES,
-    MAX_WAITING_FRAMES,
-    SENTENCES,
-    Failure,
-    Frame,
-    create_app,
-    make_counsellor,
-    make_storage,
-    pong,
+from bemore_voice import SENTENCES, create_app, make_counsellor, make_storage
+
+README, PROTOCOL = text_of_file("README.md"), text_of_file("docs/protocol.md")
+TYPES = text_of_file("docs/frames.ts")
+ASYNCAPI = yaml.safe_load(text_of_file("docs/asyncapi.yaml"))
+MOST_LINES = 130  # of README
+# Names in capitals that are not settings of this server.
+FOREIGN = {"POSTGRES_PASSWORD", "VITE_API_URL", "VITE_WS_URL", "API_URL", "WS_URL", "SESSION_ID"}
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+in_two_languages = pytest.mark.parametrize(
+    ("english", "korean"),
+    [
+        ("README.md", "README.ko.md"),
+        ("docs/deployment.md", "docs/deployment.ko.md"),
+        ("docs/safety.md", "docs/safety.ko.md"),
+    ],
 )
 
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "README.md"])
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-KOREAN = (ROOT / "README.ko.md").read_text(encoding="utf-8")
-PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
-MOST_LINES = 140  # of README: for somebody who has a minute
-BLOCK = "^```.*?^```$"
-LINK = r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"|<(http[^>]+)>"
-FIGURES = "<!-- speed -->\n.*<!-- /speed -->\n"
+# Settings
 
 
 class Recorder(Mapping[str, str]):
@@ -60,50 +63,7 @@ class Recorder(Mapping[str, str]):
         return 0
 
 
-def rows(document: str, heading: str) -> list[list[str]]:
-    """The cells of the tables below a heading, without the rows that name their columns."""
-    section = document.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    tables = re.findall(r"^\|.*\n\|[-:| ]+\|\n((?:\|.*\n?)+)", section, re.MULTILINE)
-    return [[cell.strip() for cell in line.strip("|").split("|")] for table in tables for line in table.splitlines()]
-
-
-def names(cell: str) -> list[str]:
-    return re.findall("`([^`]+)`", cell)
-
-
-def facts(text: str) -> list[list[str]]:
-    """Return what is the same in every language: blocks and spans of code, links and images, numbers.
-
-    All but the blocks is sorted, since another language puts a sentence's words in another order.
-    """
-    blocks = re.findall(BLOCK, text, re.DOTALL | re.MULTILINE)
-    text = re.sub(BLOCK, "", text, flags=re.DOTALL | re.MULTILINE)
-    links = ["".join(link) for link in re.findall(LINK, text)]
-    numbers = re.findall(r"\d(?:[\d.,]*\d)?", re.sub(f"`[^`]+`|{LINK}", "", text))
-    return [blocks, sorted(names(text)), sorted(links), sorted(numbers)]
-
-
-def points(readme: str) -> list[tuple[str, int, list[str], list[list[str]]]]:
-    """Return the facts of each row of a table, with the number of its cells, and of each point of a list."""
-    lines = [line for line in readme.splitlines() if line.startswith(("|", "- "))]
-    return [(line[0], line.count("|"), names(line), facts(line)) for line in lines]
-
-
-def prose(document: Path) -> str:
-    """A document's text without its blocks of code."""
-    return re.sub(BLOCK, "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-
-
-def anchors(document: Path) -> set[str]:
-    """What GitHub calls a document's headings."""
-    headings = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-# Settings
-
-
-def test_settings_agree() -> None:
+def test_settings_of_the_code_and_of_the_example_are_the_same() -> None:
     recorder = Recorder()
     read_settings(recorder)
     assert recorder.names == {name.upper() for name in Settings.__dataclass_fields__}
@@ -115,28 +75,73 @@ def test_the_example_holds_the_defaults() -> None:
     assert read_settings(example) == read_settings({})
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+@each_document
 def test_every_setting_that_is_named_exists(document: Path) -> None:
     named = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", document.read_text(encoding="utf-8")))
-    assert named <= {name.upper() for name in Settings.__dataclass_fields__}
+    assert named - FOREIGN <= {name.upper() for name in Settings.__dataclass_fields__}
 
 
-# The socket
+# Frames
 
 
-def test_errors_agree() -> None:
-    assert {(names(code)[0], sentence) for code, sentence, _ in rows(PROTOCOL, "Errors")} == set(SENTENCES.items())
+@asynccontextmanager
+async def connected(counsellor: ScriptedCounsellor, token: str = "", **values: object) -> AsyncIterator[Client]:
+    async with serve(make_settings(**values), counsellor) as server:
+        options = {"params": {"token": token}} if token else {}
+        async with server.connect(**options) as client:
+            yield client
 
 
-def test_frames_of_the_server_agree() -> None:
-    chunk = Frame("ai_stream_chunk", {"chunk": "가"})
-    frames = [BEGIN, chunk, COMPLETE, INTERRUPTED, pong(0), *(Failure(code).frame() for code in SENTENCES)]
+async def frames_of_every_kind() -> list[dict[str, Any]]:
+    """Return what a server sends in all situations that the protocol names."""
+    counsellor = ScriptedCounsellor()
+    frames = []
+    async with connected(counsellor, MAX_AI_REQUESTS_PER_MINUTE=3) as client:
+        await client.send("ping")
+        frames.append(await client.frame())
+        for message in (" ", "가" * 2001, 1):
+            await client.ask(message)
+            frames.append(await client.frame())
+        await client.ask()
+        frames += await client.reply()
+        talk = counsellor.expect().say("네, ")
+        await client.ask()
+        frames += [await client.frame(), await client.frame()]
+        await client.send("cancel_ai_response")
+        frames += await client.reply()
+        await talk.closed.wait()
+        counsellor.expect().fail(Failed("test"))
+        for _ in range(2):
+            await client.ask()
+            frames += await client.reply()
+    async with connected(counsellor, AUTO_CREATE_SESSIONS=0) as client:
+        await client.ask()
+        frames += await client.reply()
+    return frames
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[dict[str, Any]]:
+    return asyncio.run(frames_of_every_kind())
+
+
+def test_the_frames_of_the_test_are_of_every_kind(frames: list[dict[str, Any]]) -> None:
+    kinds = {frame["type"] for frame in frames}
+    assert kinds == {names(kind)[0] for kind, *_ in rows(PROTOCOL, "Frames from the server")}
+    assert {frame["code"] for frame in frames if "code" in frame} == set(SENTENCES)
+    assert any(frame.get("interrupted") for frame in frames)
+
+
+def test_protocol_names_every_field(frames: list[dict[str, Any]]) -> None:
     table = {names(kind)[0]: (data, beside) for kind, data, beside in rows(PROTOCOL, "Frames from the server")}
-    assert set(table) == {frame.type for frame in frames}
     for frame in frames:
-        data, beside = table[frame.type]
-        assert all(f'"{name}"' in data for name in frame.data)
-        assert all(name in beside for name in frame.beside)
+        data, beside = table[frame["type"]]
+        assert all(f'"{name}"' in data for name in frame["data"])
+        assert all(name in beside for name in frame.keys() - {"type", "data"})
+
+
+def test_protocol_has_the_sentence_of_every_error() -> None:
+    assert {(names(code)[0], sentence) for code, sentence, _ in rows(PROTOCOL, "Errors")} == set(SENTENCES.items())
 
 
 def test_emotions_agree() -> None:
@@ -163,42 +168,121 @@ async def test_the_server_takes_the_frames_of_the_client(caplog: pytest.LogCaptu
     assert ignored == ["ai_stream_begin"]
 
 
-async def close_when_it_stops() -> int | None:
+async def test_pong_carries_a_fresh_token_as_documented() -> None:
+    values = {"JWT_SECRET_KEY": SECRET, "REQUIRE_SESSION_TOKEN": 1}
+    async with connected(ScriptedCounsellor(), token_for("가"), **values) as client:
+        await client.send("ping")
+        frame = await client.frame()
+    assert isinstance(frame.pop("token"), str)
+    assert set(frame) == {"type", "data"}
+
+
+# AsyncAPI and TypeScript
+
+
+def messages(side: str) -> dict[str, Any]:
+    """Return the payload schemas of one side's messages by type, with their references resolved."""
+    payloads = {}
+    for reference in ASYNCAPI["operations"][side]["messages"]:
+        message = resolved({"$ref": resolved(reference, deep=False)["$ref"]})
+        payloads[message["payload"]["properties"]["type"]["const"]] = message["payload"]
+    return payloads
+
+
+def resolved(node: Any, *, deep: bool = True) -> Any:
+    """Return a part of the document with its references replaced by what they refer to."""
+    if isinstance(node, dict) and "$ref" in node:
+        target: Any = ASYNCAPI
+        for key in node["$ref"].removeprefix("#/").split("/"):
+            target = target[key]
+        return resolved(target) if deep else target
+    if isinstance(node, dict):
+        return {key: resolved(value) for key, value in node.items()}
+    return [resolved(value) for value in node] if isinstance(node, list) else node
+
+
+def test_asyncapi_document_is_valid() -> None:
+    with warnings.catch_warnings(action="ignore"):  # of pydantic, about names in this library's models
+        from asyncapi3 import AsyncAPI3
+
+    AsyncAPI3.model_validate(ASYNCAPI)
+    channel = set(ASYNCAPI["channels"]["session"]["messages"])
+    assert channel == messages("receive").keys() | messages("send").keys()
+
+
+def test_every_frame_is_valid_by_asyncapi(frames: list[dict[str, Any]]) -> None:
+    payloads = messages("send")
+    assert payloads.keys() == {frame["type"] for frame in frames}
+    for frame in frames:
+        Draft202012Validator(payloads[frame["type"]]).validate(frame)
+
+
+def test_asyncapi_has_the_names_of_the_code() -> None:
+    received, sent = messages("receive"), messages("send")
+    assert list(received) == [names(cells[0])[0] for cells in rows(PROTOCOL, "Frames from the client")]
+    request = received["request_ai_response"]["properties"]["data"]["properties"]
+    assert list(request) == [names(field)[0] for field, _ in rows(PROTOCOL, "A request")]
+    assert request["emotion"]["enum"] == [*Emotion, None]
+    assert sent["ai_stream_error"]["properties"]["code"]["enum"] == [*SENTENCES]
+
+
+def fields_in_typescript(name: str) -> dict[str, dict[str, bool]]:
+    """Return the top-level fields of each frame of a union of TypeScript types, and whether each is required."""
+    union = re.search(rf"export type {name} =\n(.*?);\n\n", TYPES, re.DOTALL)
+    assert union is not None
+    found = {}
+    for line in union[1].splitlines():
+        fields = re.findall(r"(\w+)(\??):", re.sub(r"\{ (?!type:)[^{}]*\}", "", line))
+        found[re.findall(r'type: "(\w+)"', line)[0]] = {field: not optional for field, optional in fields}
+    return found
+
+
+def test_typescript_types_have_the_fields_of_asyncapi() -> None:
+    for name, side in (("ClientFrame", "receive"), ("ServerFrame", "send")):
+        expected = {
+            kind: {field: field in payload["required"] for field in payload["properties"]}
+            for kind, payload in messages(side).items()
+        }
+        found = fields_in_typescript(name)
+        if side == "receive":  # asyncapi.yaml leaves out data that is ignored
+            found["status_update"].pop("data")
+        assert found == expected
+
+
+def test_typescript_types_have_the_words_of_the_code() -> None:
+    unions = dict(re.findall(r"export type (\w+) =\n((?: *\|? ?\".*\n)+)", TYPES))
+    assert re.findall(r'"(\w+)"', unions["Emotion"]) == [*Emotion]
+    assert re.findall(r'"(\w+)"', unions["ErrorCode"]) == [*SENTENCES]
+
+
+# The end of a connection
+
+
+async def close_code_at_stop() -> int | None:
     async with serve(make_settings(), Demo()) as server, server.connect() as client:
         _, code = await asyncio.gather(server.runner.cleanup(), client.closed())
         return code
 
 
-async def close_when_too_many_wait() -> int | None:
-    counsellor = ScriptedCounsellor()
-    talk = counsellor.expect()
-    async with serve(make_settings(), counsellor) as server, server.connect() as client:
-        for _ in range(1 + MAX_WAITING_FRAMES + 1):
-            await client.ask()
-        code = await client.closed()
-        talk.end()
-        return code
-
-
-async def close_when_a_frame_is_too_large() -> int | None:
+async def close_code_at_erasure() -> int | None:
     async with serve(make_settings(), Demo()) as server, server.connect() as client:
-        await client.ws.send_str(" " * (MAX_FRAME_BYTES + 1))
+        await client.ask()
+        await client.reply()
+        async with server.http.delete(f"{server.url}/api/sessions/가") as response:
+            assert response.status == 204
         return await client.closed()
 
 
-async def close_when_a_frame_has_no_mask() -> int | None:
+async def close_code_of_a_large_frame() -> int | None:
     async with serve(make_settings(), Demo()) as server, server.connect() as client:
-        client.ws._writer.use_mask = False
-        await client.send("ping")
+        await client.ws.send_str(" " * (64 * 1024 + 1))
         return await client.closed()
 
 
 async def test_close_codes_agree() -> None:
-    closed = [await close_when_it_stops(), await close_when_a_frame_has_no_mask()]
-    closed += [await close_when_too_many_wait(), await close_when_a_frame_is_too_large()]
-    assert closed[:2] == [WSCloseCode.GOING_AWAY, WSCloseCode.PROTOCOL_ERROR]
-    assert closed[2:] == [WSCloseCode.POLICY_VIOLATION, WSCloseCode.MESSAGE_TOO_BIG]
-    assert closed == [int(code) for code, _ in rows(PROTOCOL, "Close codes")]
+    closed = [await close_code_at_stop(), await close_code_at_erasure(), await close_code_of_a_large_frame()]
+    assert closed == [WSCloseCode.GOING_AWAY, WSCloseCode.GOING_AWAY, WSCloseCode.MESSAGE_TOO_BIG]
+    assert sorted({int(code) for code in closed if code}) == [int(code) for code, _ in rows(PROTOCOL, "Close codes")]
 
 
 # HTTP
@@ -220,70 +304,108 @@ def test_refusals_agree() -> None:
     assert table == {(status, code) for code, (status, _) in HTTP_ERRORS.items()}
 
 
+# Messages to the operator
+
+
+def messages_of(name: str) -> set[str]:
+    """Return the texts with which the code raises an exception, with `...` for what is filled in."""
+    found = set()
+    for path in (ROOT / "bemore").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name and node.args:
+                found.add(template(node.args[0]))
+    return found
+
+
+def template(node: ast.expr) -> str:
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(template(part) for part in parts)
+        case ast.BinOp(left=left, right=right):
+            return template(left) + template(right)
+    return "..."
+
+
+def test_troubleshooting_has_every_message_that_ends_the_start() -> None:
+    lines = [names(line)[0] for line, _ in rows(text_of_file("docs/deployment.md"), "Troubleshooting")]
+    patterns = [".*".join(map(re.escape, line.split("..."))) for line in lines]
+    raised = messages_of("ConfigError") | {f"DATABASE_URL: {text}" for text in messages_of("CannotStart")}
+    assert len(raised) > 10
+    assert not [text for text in raised if not any(re.fullmatch(pattern, text) for pattern in patterns)]
+
+
 # The documents
 
 
-@pytest.mark.parametrize("readme", [README, KOREAN], ids=["English", "Korean"])
-def test_readme_is_for_somebody_who_has_a_minute(readme: str) -> None:
-    assert len(readme.splitlines()) <= MOST_LINES
+@pytest.mark.parametrize("readme", ["README.md", "README.ko.md"])
+def test_readme_is_short(readme: str) -> None:
+    assert len(text_of_file(readme).splitlines()) <= MOST_LINES
 
 
-def test_the_readmes_name_each_other_in_their_first_lines() -> None:
-    assert "[한국어](README.ko.md)" in README.splitlines()[:6]
-    assert any(line.startswith("[English](README.md)") for line in KOREAN.splitlines()[:6])
+@in_two_languages
+def test_both_languages_have_the_same_commands(english: str, korean: str) -> None:
+    assert blocks(text_of_file(korean)) == blocks(text_of_file(english))
 
 
-def test_the_readmes_say_the_same() -> None:
-    english, korean = ([facts(section) for section in readme.split("\n## ")] for readme in (README, KOREAN))
-    english[0][2].remove("README.ko.md")
-    korean[0][2].remove("README.md")
-    assert korean == english
+@in_two_languages
+def test_both_languages_have_the_same_tables(english: str, korean: str) -> None:
+    """They have as many rows and cells, and the same names in each first cell."""
+    shapes = [
+        [[(names(row[0]), len(row)) for row in table] for table in tables(text_of_file(name))]
+        for name in (english, korean)
+    ]
+    assert shapes[1] == shapes[0]
+    assert f"({Path(korean).name})" in text_of_file("README.md").replace("docs/", "") + text_of_file(english)
+    assert f"({Path(english).name})" in text_of_file(korean)
 
 
-def test_the_readmes_have_the_same_tables_and_lists() -> None:
-    assert points(KOREAN) == points(README)
+def anchors(text: str) -> set[str]:
+    """Return what GitHub calls a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_readmes_have_the_same_figures() -> None:
-    """bench/run.py writes one table into both, its English words too."""
-    english, korean = (re.findall(FIGURES, readme, re.DOTALL) for readme in (README, KOREAN))
-    assert len(english) == 1
-    assert korean == english
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+@each_document
 def test_every_link_leads_somewhere(document: Path) -> None:
-    text = prose(document)
+    text = prose(document.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
         if re.match("[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
         file = (document.parent / path).resolve() if path else document
         assert file.is_file(), target
-        assert not anchor or anchor in anchors(file), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+@each_document
 def test_every_file_that_is_named_exists(document: Path) -> None:
-    for name in re.findall(r"`([\w./-]+\.(?:py|sql|html|txt|md))`", prose(document)):
+    if document.name == "CHANGELOG.md":  # it also names files of earlier versions
+        return
+    for name in re.findall(r"`([\w./-]+\.(?:py|sql|html|css|js|ts|txt|md|yaml|service))`", prose(document.read_text())):
         assert (ROOT / name).is_file() or (document.parent / name).is_file(), name
 
 
-def test_ci_runs_the_very_command_that_readme_gives() -> None:
-    command = re.findall(r"```sh\n(.*pytest)\n```", README)
+def test_ci_runs_the_command_that_readme_gives() -> None:
+    command = [block.strip() for block in blocks(README, "sh") if "pytest" in block]
     assert len(command) == 1
-    assert command[0] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert command[0] in text_of_file(".ci/run").splitlines()
 
 
-async def test_readmes_conversation_by_hand_works(
-    aiohttp_server: AiohttpServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code is not None
-    assert len(code[1].splitlines()) == 5
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
-    server = await aiohttp_server(create_app(settings, make_storage(settings), Demo()))
-    await type_in(code[1].replace("127.0.0.1:8000", f"{server.host}:{server.port}"))
+# README's examples
+
+
+def example(language: str, server: Server) -> str:
+    [code] = blocks(README, language)
+    assert len(code.splitlines()) <= 10
+    assert code.count("127.0.0.1:8000") == 1
+    return code.replace("127.0.0.1:8000", "{}:{}".format(*server.address))
+
+
+async def test_readmes_python_works(capsys: pytest.CaptureFixture[str]) -> None:
+    async with serve(make_settings(), Demo()) as server:
+        await type_in(example("python", server))
     printed = capsys.readouterr().out.splitlines()
     assert "ai_stream_begin" in printed[0]
     assert "".join(ast.literal_eval(line)["data"].get("chunk", "") for line in printed).startswith("안녕하세요")
@@ -297,3 +419,29 @@ async def type_in(source: str) -> None:
         await eval(compiled, variables)
     await variables["ws"].close()
     await variables["http"].close()
+
+
+async def test_readmes_javascript_works_in_a_browser() -> None:
+    """It shows a reply, and after a lost connection it comes back and shows nothing twice."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        assert not os.environ.get("CI"), "chromium is missing"
+        pytest.skip("chromium is not installed")
+    printed: asyncio.Queue[str] = asyncio.Queue()
+    async with serve(make_settings(), Demo()) as server, async_playwright() as playwright, asyncio.timeout(60):
+        browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = await browser.new_page()
+        await page.goto(server.url)
+        page.on("console", lambda message: printed.put_nowait(message.text))
+        # A global evaluation, as in the console, whose names later lines can use.
+        await page.evaluate(f"(0, eval)({json.dumps(example('js', server))})")
+        lines = [await printed.get()]
+        while not lines[-1].startswith("ai_stream_complete"):
+            lines.append(await printed.get())
+        await page.evaluate("socket.close()")
+        await page.wait_for_function("socket.readyState === WebSocket.OPEN")
+        await page.evaluate("send('ping')")
+        assert (await printed.get()).startswith("pong")
+        await browser.close()
+    assert lines[0].startswith("ai_stream_begin")
+    assert "안녕하세요" in "".join(lines)
