@@ -1,4 +1,4 @@
-"""Who may connect: origins, hosts, tokens and addresses, as rules over strings."""
+"""Who may connect: session ids, origins, hosts, addresses and tokens, as rules over strings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
+
+# The database column's width.
+MAX_SESSION_ID_CHARACTERS = 255
+
+
+def is_session_id(text: str) -> bool:
+    """Tell whether a session may have this id."""
+    return 1 <= len(text) <= MAX_SESSION_ID_CHARACTERS and text.isprintable()
+
 
 # Origins and hosts
 

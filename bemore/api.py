@@ -31,8 +31,6 @@ logger = logging.getLogger("bemore_voice")
 # The folder of the page, its style and its script.
 HERE = Path(__file__).parent.parent
 
-# The database column's width.
-MAX_SESSION_ID_CHARACTERS = 255
 # No route needs a body, but some clients send an empty object.
 MAX_BODY_BYTES = 16 * 1024
 BODY_SECONDS = 10
@@ -152,7 +150,8 @@ def add_routes(app: web.Application) -> None:
     app.router.add_get("/livez", livez)
     app.router.add_get("/health", health)
     app.router.add_get("/", index)
-    app.router.add_get("/{name:demo\\.(?:css|js)}", asset)
+    app.router.add_get("/demo.css", asset)
+    app.router.add_get("/demo.js", asset)
 
 
 # Refusals
@@ -261,7 +260,7 @@ async def pass_over_body(request: web.Request) -> None:
 def check_access(request: web.Request, *, token_required: bool = True, expired_accepted: bool = False) -> str:
     """Return the id of the session that a request is about; refuse a bad id and, with tokens in use, a bad token."""
     api, session_id, token = request.app[API], request.match_info["session_id"], token_of(request)
-    if not (1 <= len(session_id) <= MAX_SESSION_ID_CHARACTERS and session_id.isprintable()):
+    if not access.is_session_id(session_id):
         raise HttpRefusal("invalid_session_id")
     secrets = api.settings.jwt_secret_key
     if secrets and (token or token_required):
@@ -389,9 +388,9 @@ async def index(request: web.Request) -> web.Response:
     """GET /: the page, with what it needs to know as attributes of its body."""
     api, page = request.app[API], await read_file("demo.html")
     attributes = {
-        "answers": getattr(api.counsellor, "kind", "demo"),
+        "answers": api.counsellor.kind,
         "model": api.counsellor.name,
-        "keep-days": getattr(api.settings, "keep_days", 0),
+        "keep-days": f"{api.settings.keep_days:g}",
         "notice-url": api.settings.notice_url,
     }
     data = " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in attributes.items())
@@ -401,9 +400,8 @@ async def index(request: web.Request) -> web.Response:
 
 async def asset(request: web.Request) -> web.Response:
     """GET /demo.css and /demo.js: the page's style and script."""
-    name = request.match_info["name"]
-    kind = "text/css" if name.endswith(".css") else "text/javascript"
-    return web.Response(text=await read_file(name), content_type=kind)
+    content_type = {"/demo.css": "text/css", "/demo.js": "text/javascript"}[request.path]
+    return web.Response(text=await read_file(request.path[1:]), content_type=content_type)
 
 
 async def read_file(name: str) -> str:

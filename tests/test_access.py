@@ -1,5 +1,6 @@
 """Who may connect, as rules over strings."""
 
+import jwt
 import pytest
 
 from bemore.access import (
@@ -8,6 +9,7 @@ from bemore.access import (
     http_scheme,
     is_loopback,
     is_own_name,
+    is_session_id,
     is_welcome,
     issue_token,
     last_forwarded,
@@ -21,6 +23,16 @@ APP = "https://app.example"
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
+@pytest.mark.parametrize("text", ["a", "test-session-123", "한글 세션", "a" * 255, "가" * 255, "a/b", "..%2F", "'--"])
+def test_a_session_id_is_printable_text(text: str) -> None:
+    assert is_session_id(text)
+
+
+@pytest.mark.parametrize("text", ["", "a" * 256, "가" * 256, "\0", "a\nb", "a\x7fb", "\u202e", "\xa0", "\ud800"])
+def test_any_other_text_is_no_session_id(text: str) -> None:
+    assert not is_session_id(text)
+
+
 @pytest.mark.parametrize(
     ("origin", "own", "guarded", "welcome"),
     [
@@ -32,6 +44,9 @@ SECRET = "0123456789abcdef0123456789abcdef"
         ("null", "http://127.0.0.1:8000", True, False),
         ("http://app.example", "http://127.0.0.1:8000", True, False),  # another scheme
         ("https://app.example:444", "http://127.0.0.1:8000", True, False),  # another port
+        ("https://app.example.evil.example", "http://127.0.0.1:8000", True, False),
+        ("HTTPS://APP.EXAMPLE", "http://127.0.0.1:8000", True, False),  # browsers write lower case
+        ("", "http://127.0.0.1:8000", True, False),
         ("http://evil.example", "http://evil.example", True, False),  # a name that points here
         (None, "http://evil.example", True, False),
         ("http://voice.example", "http://voice.example", False, True),
@@ -163,13 +178,33 @@ def test_a_refused_origin_names_the_setting_that_admits_it(
     assert setting_that_admits(own, forwarded, trust_proxy=trust_proxy) == setting
 
 
-def test_a_token_is_of_its_session_and_secret_alone() -> None:
-    token = issue_token(SECRET, "가", 1)
-    assert token_expiry("가", token, [SECRET]) == 1
-    assert token_expiry("나", token, [SECRET]) is None
-    assert token_expiry("가", token, [SECRET[::-1]]) is None
-    assert token_expiry("가", token, []) is None
-    assert token_expiry("가", "", [SECRET]) is None
+GOOD = {"sub": "가", "exp": 1}
+
+
+def test_a_token_tells_when_it_expires_also_afterwards() -> None:
+    assert token_expiry("가", issue_token(SECRET, "가", 1), [SECRET]) == 1
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        jwt.encode({**GOOD, "sub": "나"}, SECRET, algorithm="HS256"),
+        jwt.encode(GOOD, SECRET[::-1], algorithm="HS256"),
+        jwt.encode(GOOD, "", algorithm="none"),
+        jwt.encode(GOOD, SECRET * 2, algorithm="HS512"),
+        jwt.encode({"exp": 1}, SECRET, algorithm="HS256"),
+        jwt.encode({"sub": "가"}, SECRET, algorithm="HS256"),
+        jwt.encode({**GOOD, "exp": "1"}, SECRET, algorithm="HS256"),
+        issue_token(SECRET, "가", 1) + "x",
+        "x",
+        "",
+        "가.나.다",
+        "\udcff\udcfe.a.b",
+    ],
+)
+def test_any_other_token_is_not_the_sessions(token: str) -> None:
+    assert token_expiry("가", token, [SECRET]) is None
+    assert fresh_token("가", token, [SECRET], ttl_seconds=100, now=0) == ""
 
 
 def test_after_a_rotation_tokens_of_the_old_secret_are_still_ours() -> None:
@@ -184,13 +219,6 @@ def test_a_token_is_renewed_once_less_than_half_of_its_life_is_left(left: int, d
     assert bool(fresh) is due
     if due:
         assert token_expiry("가", fresh, [SECRET[::-1]]) == 1100
-
-
-def test_a_token_that_is_not_ours_is_not_renewed() -> None:
-    token = issue_token(SECRET, "가", 1)
-    assert fresh_token("나", token, [SECRET], ttl_seconds=100, now=0) == ""
-    assert fresh_token("가", token, [SECRET[::-1]], ttl_seconds=100, now=0) == ""
-    assert fresh_token("가", "", [SECRET], ttl_seconds=100, now=0) == ""
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import yaml
 from aiohttp import WSCloseCode
-from bemore.api import HTTP_ERRORS
 from documents import DOCUMENTS, ROOT, blocks, names, prose, rows, tables, text_of_file
 from dotenv import dotenv_values
 from jsonschema import Draft202012Validator
 from playwright.async_api import async_playwright
 from support import SECRET, Client, ScriptedCounsellor, Server, make_settings, serve, token_for
 
+from bemore.api import HTTP_ERRORS
 from bemore.counsellor import Emotion, Failed
 from bemore.demo import Demo
 from bemore.settings import Settings, read_settings
