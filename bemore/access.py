@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
-import itertools
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -99,35 +98,6 @@ def rate_limit_key(peer: str, forwarded: str = "") -> str:
     return str(parsed)
 
 
-class AddressLimit:
-    """Token buckets by address, in memory: full they allow a minute's worth at once; each replica has its own.
-
-    A bucket is told whole by the moment at which it is full again, by a clock that never steps back.
-    """
-
-    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
-        self._clock = clock  # seconds
-        self._refill_us = 60_000_000 // per_minute
-        self._bucket_us = self._refill_us * per_minute
-        self._full_at_us: dict[str, int] = {}  # the least recently used first
-
-    def __len__(self) -> int:
-        """Count the addresses that are remembered: those whose buckets are not full."""
-        return len(self._full_at_us)
-
-    def take(self, address: str) -> int:
-        """Take a token and return 0, or return the seconds until there is one."""
-        now_us = int(self._clock() * 1_000_000)
-        for other in list(itertools.takewhile(lambda other: self._full_at_us[other] <= now_us, self._full_at_us)):
-            del self._full_at_us[other]
-        full_at_us = max(self._full_at_us.get(address, 0), now_us) + self._refill_us
-        if (early_us := full_at_us - now_us - self._bucket_us) > 0:
-            return -(-early_us // 1_000_000)
-        self._full_at_us.pop(address, None)
-        self._full_at_us[address] = full_at_us
-        return 0
-
-
 # Tokens: HS256 JWTs whose subject is a session's id. PyJWT is imported late: its import takes a fifth of the start.
 
 
@@ -149,6 +119,8 @@ def token_expiry(session_id: str, token: str, secrets: Sequence[str]) -> int | N
 
     The moment may have passed. A token counts as the session's where one of `secrets` has signed it.
     """
+    if not token:
+        return None
     import jwt
 
     options: Any = {"require": ["sub", "exp"], "verify_exp": False}

@@ -275,14 +275,6 @@ def token_of(request: web.Request) -> str:
     return access.token_in(request.headers.get("Authorization", ""), request.query.get("token", ""))
 
 
-def fresh_token(api: Api, session_id: str, token: str) -> str:
-    """Return a new token for a pong, once less than half of the life of `token` is left; else an empty string."""
-    if not token or not api.settings.jwt_secret_key:
-        return ""
-    ttl_seconds = api.settings.session_ttl_hours * 3600
-    return access.fresh_token(session_id, token, api.settings.jwt_secret_key, ttl_seconds, api.clock())
-
-
 # Headers
 
 

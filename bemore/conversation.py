@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bemore.counsellor import Emotion
 from bemore.outbox import ErrorCode, Failure, Frame, Kind, Outbox, Peer, Ping, Reply, Send
@@ -124,8 +124,8 @@ class Conversation:
 
     def __init__(
         self,
-        first: Mapping[str, str],
-        short: Mapping[str, str],
+        first: Mapping[Any, str],
+        short: Mapping[Any, str],
         next_seq: Callable[[], int],
         *,
         gap: float,

@@ -13,12 +13,12 @@ peer has not confirmed it, or left before it did. All times are seconds on one m
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-Peer = Hashable
+Peer = Any  # a handle of the driver's, which is only compared and hashed
 
 
 class ErrorCode(StrEnum):

@@ -4,9 +4,7 @@ import jwt
 import pytest
 
 from bemore.access import (
-    AddressLimit,
     fresh_token,
-    http_scheme,
     is_loopback,
     is_own_name,
     is_session_id,
@@ -14,7 +12,6 @@ from bemore.access import (
     issue_token,
     last_forwarded,
     rate_limit_key,
-    setting_that_admits,
     token_expiry,
     token_in,
 )
@@ -131,51 +128,6 @@ def test_addresses_are_counted_by_household(peer: str, forwarded: str, counted: 
 def test_of_a_forwarded_header_only_the_last_word_counts() -> None:
     assert last_forwarded(["10.0.0.1", "10.0.0.2, 10.0.0.9"]) == "10.0.0.9"
     assert last_forwarded([]) == ""
-
-
-def test_an_address_has_a_minutes_worth_at_once_and_then_one_at_a_time() -> None:
-    now = [1000.0]
-    limit = AddressLimit(3, lambda: now[0])
-    assert [limit.take("10.0.0.1") for _ in range(4)] == [0, 0, 0, 20]
-    assert limit.take("10.0.0.2") == 0
-    now[0] += 19.5
-    assert limit.take("10.0.0.1") == 1
-    now[0] += 0.5
-    assert [limit.take("10.0.0.1") for _ in range(2)] == [0, 20]
-
-
-def test_an_address_that_is_quiet_again_is_forgotten() -> None:
-    now = [0.0]
-    limit = AddressLimit(60, lambda: now[0])
-    for number in range(1000):
-        assert limit.take(f"10.0.0.{number}") == 0
-    assert len(limit) == 1000
-    now[0] += 2
-    assert limit.take("10.0.0.0") == 0
-    assert len(limit) == 1
-
-
-@pytest.mark.parametrize(
-    ("scheme", "page"), [("wss", "https"), ("WS", "http"), ("https", "https"), ("HTTP", "http"), ("", "")]
-)
-def test_a_proxys_websocket_scheme_is_that_of_its_page(scheme: str, page: str) -> None:
-    assert http_scheme(scheme) == page
-
-
-@pytest.mark.parametrize(
-    ("own", "forwarded", "trust_proxy", "setting"),
-    [
-        ("http://voice.example", "https", False, "TRUST_PROXY"),
-        ("http://voice.example", "wss", False, "TRUST_PROXY"),
-        ("http://voice.example", "", False, "ALLOWED_ORIGINS"),
-        ("http://voice.example", "http", False, "ALLOWED_ORIGINS"),
-        ("https://voice.example", "https", True, "ALLOWED_ORIGINS"),
-    ],
-)
-def test_a_refused_origin_names_the_setting_that_admits_it(
-    own: str, forwarded: str, trust_proxy: bool, setting: str
-) -> None:
-    assert setting_that_admits(own, forwarded, trust_proxy=trust_proxy) == setting
 
 
 GOOD = {"sub": "가", "exp": 1}
