@@ -1,5 +1,6 @@
 """How many connections there may be, how long a first header may take, and what is logged about clients."""
 
+import asyncio
 import json
 import resource
 from collections.abc import AsyncIterator
@@ -49,7 +50,11 @@ async def limited(max_connections: int = 100, header_seconds: float = PATIENCE) 
     app = web.Application()
     app.router.add_get("/", tell_surplus)
     runner = LimitedRunner(
-        app, max_connections=max_connections, header_seconds=header_seconds, shutdown_timeout=1, access_log=None
+        app,
+        max_connections=max_connections,
+        header_seconds=header_seconds,
+        shutdown_timeout=2 * PATIENCE,
+        access_log=None,
     )
     await runner.setup()
     try:
@@ -93,7 +98,8 @@ async def test_far_over_the_limit_connections_are_cut() -> None:
 
 
 async def test_a_cleanup_closes_idle_and_kept_connections() -> None:
-    async with limited() as running:
+    # Handlers have longer than that, but none is at work.
+    async with asyncio.timeout(PATIENCE), limited() as running:
         peers = [*await running.hold(1), await running.dial(REQUEST)]
         assert (await peers[1].answer())[0] == 200
     assert [await peer.end() for peer in peers] == [b"", b""]

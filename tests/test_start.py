@@ -172,7 +172,7 @@ def add_signal_handler(*_):
     print("unsupported", file=sys.stderr)
     raise NotImplementedError
 asyncio.SelectorEventLoop.add_signal_handler = add_signal_handler
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, sys.argv.pop())
 import bemore_voice
 sys.exit(bemore_voice.main())
 """
