@@ -55,7 +55,7 @@ from json.encoder import encode_basestring
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from bemore import access
-from bemore.api import API, MAX_BODY_BYTES, Api, HttpRefusal, ModelHealth, add_routes, check_access, token_of
+from bemore.api import API, Api, ModelHealth, add_routes, check_access, token_of
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, FORMER, SHORT, Signal, signal_in
 from bemore.client import Client
 from bemore.connections import LimitedRunner, make_site
@@ -65,6 +65,7 @@ from bemore.demo import Demo
 from bemore.gemini import Gemini
 from bemore.log import StrayExceptionLog, anonymous, configure_logging, describe_bug
 from bemore.outbox import ErrorCode, Failure, Frame, Kind, Ping, Send
+from bemore.refusals import MAX_BODY_BYTES, HttpRefusal
 from bemore.retention import keep_erasing
 from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings, similar_settings
 from bemore.sqlite import SQLite

@@ -15,8 +15,9 @@ import pytest
 from support import SECRET, Frontend, ScriptedCounsellor, Server, Serving, handshake, logged, token_for
 from yarl import URL
 
-from bemore.api import API, HTTP_ERRORS, SECURITY_HEADERS, HttpRefusal, ModelHealth
+from bemore.api import API, ModelHealth
 from bemore.log import RefusalLog
+from bemore.refusals import HTTP_ERRORS, SECURITY_HEADERS, HttpRefusal
 from bemore_voice import __version__
 
 ALLOWED = "https://app.example"
@@ -260,7 +261,7 @@ async def test_a_body_in_any_encoding_is_passed_over(server: Server) -> None:
 
 
 async def test_a_body_that_does_not_come_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bemore.api.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("bemore.refusals.BODY_SECONDS", 0.2)
     head = b"POST /api/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\nslow"
     async with server.knock(head) as peer:
         status, _, body = await peer.answer()
