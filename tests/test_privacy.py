@@ -264,7 +264,7 @@ async def test_erasing_ends_the_reply_and_closes_the_sockets(server: Server, cou
         end = await client.frame()
         assert (end["type"], end.get("interrupted")) == ("ai_stream_complete", True)
         await talk.closed.wait()
-        assert await asyncio.gather(client.closed(), other.closed()) == (WSCloseCode.OK, WSCloseCode.OK)
+        assert set(await asyncio.gather(client.closed(), other.closed())) == {WSCloseCode.OK}
         assert await erasing == 204
         await stranger.silent()
     assert len(counsellor.prompts) == 1
