@@ -1528,28 +1528,20 @@ async def health(request: web.Request) -> web.Response:
     return web.json_response(body, status=status)
 
 
-async def index(_: web.Request) -> web.Response:
-    """GET /: the page, which may load nothing, and talk to this server alone."""
-    try:
-        page = await asyncio.to_thread((HERE / "demo.html").read_text, encoding="utf-8")
-    except FileNotFoundError:
-        raise HttpRefusal("not_found") from None
-    return web.Response(
-        text=page, content_type="text/html", headers={"Content-Security-Policy": content_security_policy(page)}
-    )
-
-
-def content_security_policy(page: str) -> str:
-    """Return the policy under which a page's own inline style and script run, and nothing else does."""
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
+async def index(request: web.Request) -> web.Response:
+    """GET /, /demo.css and /demo.js: the page, which may load nothing else, and talk to this server alone."""
+    name = request.path.strip("/") or "demo.html"
+    page = (HERE / name).read_text(encoding="utf-8")
+    ai = request.app[SESSIONS].services.counsellor.name
+    answers = ai if ai == "demo" else "gemini"
+    data = f'<body data-answers="{answers}" data-model="{ai}" data-keep-days="0" data-notice-url=""'
+    policy = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    kind = {"html": "text/html", "css": "text/css", "js": "text/javascript"}[name.rpartition(".")[2]]
+    return web.Response(
+        text=page.replace("<body", data, 1), content_type=kind, headers={"Content-Security-Policy": policy}
     )
 
 
@@ -1730,6 +1722,8 @@ def create_app(
     app.router.add_route("OPTIONS", "/api/{path:.*}", preflight)
     app.router.add_get("/health", health)
     app.router.add_get("/", index)
+    app.router.add_get("/demo.css", index)
+    app.router.add_get("/demo.js", index)
     return app
 
 
