@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import html
 import json
 import re
@@ -27,11 +25,12 @@ HERE = Path(__file__).parent.parent
 
 DEFAULT_PAGE_TURNS = 50
 MAX_PAGE_TURNS = 200
-# Two hundred ordinary turns are half of it.
-MAX_PAGE_BYTES = 512 * 1024
-# Pages that are read from the database at the same time: their rows may be much larger than the answer.
-PAGES_AT_ONCE = 4
 MAX_ID = 2**63 - 1
+# The page may load its own style and script and talk to its own server, and nothing else.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 
 
@@ -74,13 +73,11 @@ class Api:
 
 
 API = web.AppKey("api", Api)
-PAGES = web.AppKey("pages", asyncio.Semaphore)
 
 
 def add_routes(app: web.Application) -> None:
     """Add the HTTP routes, and check all requests of the application; app[API] is set before."""
     guard(app, app[API].settings, app[API].monotonic)
-    app[PAGES] = asyncio.Semaphore(PAGES_AT_ONCE)
     app.router.add_post("/api/sessions", make_session)
     app.router.add_get("/api/sessions/{session_id:[^/]*}/conversations", read_conversations, allow_head=False)
     app.router.add_delete("/api/sessions/{session_id:[^/]*}", erase_session)
@@ -132,20 +129,9 @@ async def read_conversations(request: web.Request) -> web.Response:
     session_id = check_access(request, expired_accepted=True)
     limit = read_number(request, "limit", DEFAULT_PAGE_TURNS, MAX_PAGE_TURNS)
     before = read_number(request, "before", MAX_ID, MAX_ID)
-    async with request.app[PAGES]:
-        turns = await request.app[API].storage.conversations(session_id, limit, before)
-        body = {"session_id": session_id, "conversations": newest_that_fit(turns)}
-        return web.json_response(body, dumps=ENCODER.encode)
-
-
-def newest_that_fit(turns: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Return the newest turns, at least one, within MAX_PAGE_BYTES: an answer that is not taken is held in memory."""
-    room = MAX_PAGE_BYTES
-    for number, turn in enumerate(reversed(turns)):
-        room -= len(ENCODER.encode(turn).encode())
-        if number and room < 0:
-            return turns[len(turns) - number :]
-    return turns
+    turns = await request.app[API].storage.conversations(session_id, limit, before)
+    body = {"session_id": session_id, "conversations": turns}
+    return web.json_response(body, dumps=ENCODER.encode)
 
 
 def read_number(request: web.Request, name: str, default: int, most: int) -> int:
@@ -192,7 +178,7 @@ async def index(request: web.Request) -> web.Response:
         "notice-url": api.settings.notice_url,
     }
     data = " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in attributes.items())
-    headers = {"Content-Security-Policy": content_security_policy(page)}
+    headers = {"Content-Security-Policy": PAGE_POLICY}
     return web.Response(text=page.replace("<body", f"<body {data}", 1), content_type="text/html", headers=headers)
 
 
@@ -207,17 +193,3 @@ async def read_file(name: str) -> str:
         return await asyncio.to_thread((HERE / name).read_text, encoding="utf-8")
     except FileNotFoundError:
         raise HttpRefusal("not_found") from None
-
-
-def content_security_policy(page: str) -> str:
-    """Return the policy under which the page's own style and script run, and nothing else does."""
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        return "".join(f" 'sha256-{digest}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src 'self'{hashes('script')}; style-src 'self'{hashes('style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )

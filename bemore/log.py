@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import re
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from aiohttp.http import HttpProcessingError
 
 logger = logging.getLogger("bemore_voice")
 
-# Within this time the same stray exception, or the same kind of refusal, is logged once.
 SAME_LINE_SECONDS = 60
 
 
@@ -93,31 +93,31 @@ def is_own_mistake(record: logging.LogRecord) -> bool:
     return not isinstance(error, ConnectionError | web.RequestPayloadError | HttpProcessingError)
 
 
-class RefusalLog:
-    """Log refused requests, at most one line in SAME_LINE_SECONDS for each code."""
+class LogLimit:
+    """Lets each kind of line into the log once in SAME_LINE_SECONDS."""
 
-    def __init__(self, monotonic: Callable[[], float]) -> None:
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        # By code, the moment from which it is logged again.
-        self._quiet_until: dict[str, float] = {}
+        # By kind, the moment from which a line is due again.
+        self._due_at: dict[str, float] = {}
 
-    def note(self, code: str, **details: str) -> None:
+    def is_due(self, kind: str) -> bool:
+        """Tell whether a line of this kind may be written now; it counts as written then."""
         now = self._monotonic()
-        if now >= self._quiet_until.get(code, now):
-            self._quiet_until[code] = now + SAME_LINE_SECONDS
-            logger.warning("%s", logfmt(refused=code, **details))
+        if now < self._due_at.get(kind, now):
+            return False
+        self._due_at[kind] = now + SAME_LINE_SECONDS
+        return True
 
 
 class StrayExceptionLog:
     """Log exceptions of tasks that nothing awaits; asyncio's own line would hold the exception's text.
 
-    The same line is logged once in SAME_LINE_SECONDS: a process without free file descriptors raises hundreds.
+    The limit is for a process without free file descriptors, which raises hundreds.
     """
 
     def __init__(self) -> None:
-        self._line = ""
-        # Loop time until which the same line is not logged again.
-        self._quiet_until = 0.0
+        self._limit = LogLimit()
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         bug = context.get("exception")
@@ -125,6 +125,5 @@ class StrayExceptionLog:
         # A second after the file descriptors ran out, asyncio accepts again, even on a listener that is closed by then.
         if "._start_serving(" in line:
             return
-        if line != self._line or loop.time() >= self._quiet_until:
-            self._line, self._quiet_until = line, loop.time() + SAME_LINE_SECONDS
+        if self._limit.is_due(line):
             logger.error("%s", line)

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from bemore import access
 from bemore.connections import SURPLUS
-from bemore.log import RefusalLog, describe_bug, logfmt
+from bemore.log import LogLimit, describe_bug, logfmt
 from bemore.settings import Settings
 from bemore.storage import NotPermitted, Unavailable, UnknownSession
 
@@ -73,14 +73,14 @@ class HttpRefusal(Exception):
 
 SETTINGS = web.AppKey("settings", Settings)
 LOOPBACK_ONLY = web.AppKey("loopback_only", bool)
-LOG = web.AppKey("log", RefusalLog)
+LOG_LIMIT = web.AppKey("log_limit", LogLimit)
 
 
 def guard(app: web.Application, settings: Settings, monotonic: Callable[[], float]) -> None:
     """Have all requests of an application checked, and all its answers given their headers."""
     app[SETTINGS] = settings
     app[LOOPBACK_ONLY] = access.is_loopback(settings.host)
-    app[LOG] = RefusalLog(monotonic)
+    app[LOG_LIMIT] = LogLimit(monotonic)
     app.middlewares.extend([close_surplus, answer_refusals])
     app.on_response_prepare.append(add_headers)
 
@@ -110,8 +110,8 @@ async def answer_refusals(request: web.Request, handler: Handler) -> web.StreamR
         return await handler(request)
     except HttpRefusal as refusal:
         code, headers = refusal.code, refusal.headers
-        if refusal.logged:
-            request.app[LOG].note(code, **refusal.logged)
+        if refusal.logged and request.app[LOG_LIMIT].is_due(code):
+            logger.warning("%s", logfmt(refused=code, **refusal.logged))
     except UnknownSession:
         code = "unknown_session"
     except NotPermitted:
