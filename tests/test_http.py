@@ -196,7 +196,7 @@ async def test_the_page_is_told_its_settings_as_attributes(serving: Serving, cou
     async with serving(NOTICE_URL=notice, KEEP_DAYS=1.5) as server, server.http.get(f"{server.url}/") as response:
         [attributes] = re.findall("<body ([^>]*)>", await response.text())
     given = {name: html.unescape(value) for name, value in re.findall('data-([a-z-]+)="([^"]*)"', attributes)}
-    assert given == {"answers": "demo", "model": counsellor.name, "keep-days": "1.5", "notice-url": notice}
+    assert given == {"answers": "gemini", "model": counsellor.name, "keep-days": "1.5", "notice-url": notice}
 
 
 async def test_the_page_may_load_its_own_files_alone(server: Server) -> None:
