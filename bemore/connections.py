@@ -10,7 +10,6 @@ import socket
 from typing import Any
 
 from aiohttp import web
-from aiohttp.web_request import BaseRequest
 
 # So many connections over the limit are answered with 503; further ones are cut.
 SPARE_CONNECTIONS = 64
@@ -52,7 +51,9 @@ class LimitedServer(web.Server):
         self._stop_header_timer(handler)
         super().connection_lost(handler, exc)
 
-    def receive(self, message: Any, payload: Any, protocol: web.RequestHandler, writer: Any, task: Any) -> BaseRequest:
+    def receive(
+        self, message: Any, payload: Any, protocol: web.RequestHandler, writer: Any, task: Any
+    ) -> web.BaseRequest:
         """Make the request whose header has arrived."""
         self._stop_header_timer(protocol)
         request = self._make(message, payload, protocol, writer, task)

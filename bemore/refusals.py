@@ -7,8 +7,8 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 
-import aiohttp
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from bemore import access
 from bemore.connections import SURPLUS
@@ -184,7 +184,7 @@ async def pass_over_body(request: web.Request) -> None:
         raise HttpRefusal("body_too_large") from None
     except TimeoutError:
         raise HttpRefusal("request_timeout") from None
-    except (web.RequestPayloadError, aiohttp.http_exceptions.HttpProcessingError):
+    except (web.RequestPayloadError, HttpProcessingError):
         raise HttpRefusal("invalid_request") from None
 
 
