@@ -51,12 +51,10 @@ class LimitedServer(web.Server):
         self._stop_header_timer(handler)
         super().connection_lost(handler, exc)
 
-    def receive(
-        self, message: Any, payload: Any, protocol: web.RequestHandler, writer: Any, task: Any
-    ) -> web.BaseRequest:
+    def receive(self, message: Any, payload: Any, protocol: web.RequestHandler, *rest: Any) -> web.BaseRequest:
         """Make the request whose header has arrived."""
         self._stop_header_timer(protocol)
-        request = self._make(message, payload, protocol, writer, task)
+        request = self._make(message, payload, protocol, *rest)
         request[SURPLUS] = protocol in self._surplus
         return request
 

@@ -220,7 +220,7 @@ async def test_new_sessions_are_limited_by_address_and_minute(serving: Serving) 
     clock = [1_800_000_000.0]
     options = {"monotonic": lambda: clock[0]}
     async with serving(options=options, MAX_NEW_SESSIONS_PER_MINUTE=3) as server:
-        # Without TRUST_PROXY anyone may have written the header.
+        # Without TRUST_PROXY the client may have written the header itself.
         answers = [await new_session(server, X_Forwarded_For=f"10.0.0.{number}") for number in range(4)]
         assert answers == [(201, None)] * 3 + [(429, "20")]
         assert len(list(await server.storage.fetch("SELECT * FROM sessions"))) == 3
