@@ -59,6 +59,8 @@ class Client:
     async def open(self) -> None:
         """Answer the handshake."""
         await self.ws.prepare(self._request)
+        # They are sent, and would take 1.4 KiB for as long as the connection is open.
+        self.ws.headers.clear()
 
     async def receive(self) -> aiohttp.WSMessage | None:
         """Return the peer's next message; None once the connection ends. Messages after our goodbye are dropped."""

@@ -81,20 +81,11 @@ def guard(app: web.Application, settings: Settings, monotonic: Callable[[], floa
     app[SETTINGS] = settings
     app[LOOPBACK_ONLY] = access.is_loopback(settings.host)
     app[LOG_LIMIT] = LogLimit(monotonic)
-    app.middlewares.extend([close_surplus, answer_refusals])
+    app.middlewares.append(answer_refusals)
     app.on_response_prepare.append(add_headers)
 
 
 # Refusals
-
-
-@web.middleware
-async def close_surplus(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Close a connection over the limit once its request is answered."""
-    response = await handler(request)
-    if request.get(SURPLUS):
-        response.force_close()
-    return response
 
 
 @web.middleware
@@ -192,13 +183,17 @@ async def pass_over_body(request: web.Request) -> None:
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Add the security headers and, for a page of an allowed origin, those of CORS."""
+    """Add the security headers and those of CORS, and close a connection over the limit."""
     headers = response.headers
     headers.add("Vary", "Origin")
     if (origin := request.headers.get("Origin")) in request.app[SETTINGS].allowed_origins:
         headers["Access-Control-Allow-Origin"] = str(origin)
         headers["Access-Control-Allow-Credentials"] = "true"
         headers["Access-Control-Expose-Headers"] = "Retry-After"
+    if request.get(SURPLUS):
+        # aiohttp has prepared its own headers by now, so that force_close() alone would not tell the client.
+        response.force_close()
+        headers["Connection"] = "close"
     # The page has a policy of its own.
     policy = headers.get("Content-Security-Policy", SECURITY_HEADERS["Content-Security-Policy"])
     headers.update({**SECURITY_HEADERS, "Content-Security-Policy": policy})
