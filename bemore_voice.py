@@ -174,9 +174,9 @@ def failure_of(error: Exception) -> Failure:
     """Return what the person gets for an error of the database or the model, or for a mistake in this server."""
     match error:
         case NoToken():
-            return Failure(ErrorCode.RATE_LIMITED, "rate", retry_after_ms=error.retry_after_ms)
+            return Failure(ErrorCode.RATE_LIMITED, retry_after_ms=error.retry_after_ms)
         case UnknownSession():
-            return Failure(ErrorCode.SESSION_EXPIRED, "unknown session")
+            return Failure(ErrorCode.SESSION_EXPIRED)
         case Unavailable() | Failed():
             return Failure(ErrorCode.AI_UNAVAILABLE, error.cause)
         case _:
@@ -630,6 +630,12 @@ class Session:
                 prompt = make_prompt(turn, admission.history, at_risk=conversation.at_risk)
                 await self._ask_model(turn, prompt)
                 self._apply(conversation.streamed(turn, loop_time()))
+        except asyncio.CancelledError as stray:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # A library has cancelled its own work; without a report the turn would never end.
+            self._apply(conversation.failed(turn, Failure(ErrorCode.AI_UNAVAILABLE, describe_bug(stray)), loop_time()))
         except Exception as error:  # The person gets an answer also after a mistake in this server.
             self._apply(conversation.failed(turn, failure_of(error), loop_time()))
 
@@ -701,7 +707,7 @@ def log_turn(session_id: str, turn: Turn, outcome: str, now: float) -> None:
     first = f"{(turn.reply.began_at - turn.asked_at) * 1000:.0f}" if said and turn.reply is not None else "-"
     cause = turn.failure.cause if turn.failure is not None else ""
     logger.log(
-        logging.WARNING if cause and turn.phase is Phase.DONE else logging.INFO,
+        logging.WARNING if cause else logging.INFO,
         "session=%s outcome=%s%s chunks=%d characters=%d first_ms=%s total_ms=%.0f%s",
         anonymous(session_id),
         outcome,
@@ -725,11 +731,14 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def find(self, session_id: str) -> Session | None:
+        return self._sessions.get(session_id)
+
     def open(self, session_id: str) -> Session:
         """Return a session for a new socket; raise HttpRefusal if it has too many, or the process ends."""
         if self.draining:
             raise HttpRefusal("unavailable")
-        session = self._sessions.get(session_id) or Session(session_id, self.services, self._forget)
+        session = self.find(session_id) or Session(session_id, self.services, self._forget)
         if len(session.clients) >= self.services.limits.sockets_per_session:
             raise HttpRefusal("too_many_sockets")
         self._sessions[session_id] = session
