@@ -29,6 +29,12 @@ From top to bottom:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - for those who run an older one
+    # The imports below would fail with a traceback.
+    sys.exit(f"bemore_voice: needs Python 3.11 or newer, this is {sys.version_info[0]}.{sys.version_info[1]}")
+
 import argparse
 import asyncio
 import contextlib
@@ -40,7 +46,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import time
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -49,18 +54,20 @@ from json.encoder import encode_basestring
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from bemore.api import API, MAX_BODY_BYTES, Api, HttpRefusal, ModelHealth, add_routes, check_access
+from bemore import access
+from bemore.api import API, Api, ModelHealth, add_routes, check_access, token_of
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, FORMER, SHORT, Signal, signal_in
 from bemore.client import Client
-from bemore.connections import LimitedRunner
+from bemore.connections import LimitedRunner, make_site
 from bemore.conversation import Action, Admit, Conversation, Ended, Forget, Mark, Phase, Stop, Store, Turn, Utterance
 from bemore.counsellor import Blocked, Counsellor, Emotion, Failed, Notice, PastTurn, Prompt
 from bemore.demo import Demo
 from bemore.gemini import Gemini
 from bemore.log import StrayExceptionLog, anonymous, configure_logging, describe_bug
 from bemore.outbox import ErrorCode, Failure, Frame, Kind, Ping, Send
+from bemore.refusals import MAX_BODY_BYTES, HttpRefusal
 from bemore.retention import keep_erasing
-from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
+from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings, similar_settings
 from bemore.sqlite import SQLite
 from bemore.storage import (
     CannotStart,
@@ -159,8 +166,8 @@ def encode_frame(frame: Frame) -> bytes:
     return encode("ai_stream_error", {"error": SENTENCES[failure.code]}, code=failure.code, **top_level)
 
 
-def encode_pong(now_ms: int) -> bytes:
-    return encode("pong", {"timestamp": now_ms})
+def encode_pong(now_ms: int, token: str = "") -> bytes:
+    return encode("pong", {"timestamp": now_ms}, **({"token": token} if token else {}))
 
 
 def failure_of(error: Exception) -> Failure:
@@ -459,6 +466,8 @@ class Services:
         self.requests_per_minute = settings.max_ai_requests_per_minute
         self.create_sessions = settings.auto_create_sessions
         self.barge_in = settings.barge_in
+        self._token_secrets = settings.jwt_secret_key
+        self._token_seconds = settings.session_ttl_hours * 3600
         self.interval = settings.stream_chunk_interval_ms / 1000
         self.gap = min(limits.frame_gap_seconds, self.interval)
         self._last_seq = 0
@@ -470,6 +479,10 @@ class Services:
 
     def now_ms(self) -> int:
         return self.now_us() // 1000
+
+    def fresh_token(self, session_id: str, token: str) -> str:
+        """Return a new token if less than half of the life of `token` is left, else an empty string."""
+        return access.fresh_token(session_id, token, self._token_secrets, self._token_seconds, self.clock())
 
     def next_seq(self) -> int:
         """Return the next frame number: from the clock, so that none repeats after a restart or on another replica."""
@@ -798,6 +811,7 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
         heartbeat_seconds=limits.heartbeat_seconds,
         stall_seconds=limits.stall_seconds,
         close_seconds=limits.close_seconds,
+        token=token_of(request),
     )
     session.clients.add(client)  # It counts from here on, although the handshake is not answered yet.
     services.counsellor.prepare()
@@ -850,7 +864,9 @@ async def handle_frame(text: str, client: Client, session: Session, services: Se
             case "cancel_ai_response":
                 session.cancel()
             case "ping":
-                client.send(encode_pong(services.now_ms()))
+                fresh_token = services.fresh_token(session.id, client.token)
+                client.token = fresh_token or client.token
+                client.send(encode_pong(services.now_ms(), fresh_token))
             case "status_update":
                 pass
             case _:
@@ -993,7 +1009,7 @@ async def serve(settings: Settings) -> None:
     try:
         await runner.setup()
         try:
-            await web.TCPSite(runner, settings.host, settings.port).start()
+            await make_site(runner, settings.host, settings.port).start()
         except (OSError, UnicodeError) as error:  # also a name that no name server may be asked for
             reason = getattr(error, "strerror", "no such name")
             raise ConfigError(f"HOST, PORT: cannot listen on {settings.host}:{settings.port} ({reason})") from None
@@ -1004,6 +1020,7 @@ async def serve(settings: Settings) -> None:
             with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends the loop by itself
                 loop.add_signal_handler(number, stop.set)
         host, port = runner.addresses[0][:2]
+        host = f"[{host}]" if ":" in host else host
         services = runner.app[SESSIONS].services
         where = services.storage.description
         answers = "demo mode, replies are canned" if settings.demo else f"model {services.counsellor.name}"
@@ -1039,14 +1056,20 @@ def main() -> int:
     )
     session_id = parser.parse_args().erase
     try:
-        settings = read_settings({**read_dotenv(), **os.environ})
+        dotenv = read_dotenv()
+        settings = read_settings({**dotenv, **os.environ})
         configure_logging(settings.log_level)
+        for name, setting in similar_settings(dotenv).items():
+            logger.warning(".env: %s is not a setting, is %s meant?", name, setting)
         if session_id is not None:
             return asyncio.run(erase(settings, session_id))
         asyncio.run(serve(settings))
     except ConfigError as error:
         print(f"bemore_voice: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except KeyboardInterrupt:
+        # Ctrl-C on Windows; serve() has drained by now.
+        pass
     return 0
 
 

@@ -187,6 +187,7 @@ class ScriptedCounsellor(Counsellor):
     """A counsellor whose replies the test holds in its hand; unscripted ones say the message back in two words."""
 
     name = "scripted"
+    kind = "gemini"
 
     def __init__(self) -> None:
         self.talks: deque[Talk] = deque()

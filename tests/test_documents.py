@@ -24,6 +24,7 @@ from support import SECRET, Frontend, ScriptedCounsellor, Server, make_settings,
 from bemore.api import HTTP_ERRORS
 from bemore.counsellor import Emotion, Failed
 from bemore.demo import Demo
+from bemore.refusals import HTTP_ERRORS
 from bemore.settings import Settings, read_settings
 from bemore_voice import SENTENCES, create_app, make_counsellor, make_storage
 
