@@ -13,7 +13,10 @@ from bemore.storage import ADD_TURN, ADMIT, CONVERSATIONS, MARK_AT_RISK, PING, S
 from bemore.tables import BIGINT, BOOLEAN, NEEDED, NUMBER, TEXT, TIME, is_earlier_version, missing_column
 
 FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-WAY_OUT = "?options=-csearch_path%3Dvoice at the end of DATABASE_URL gives this server tables in a schema of its own"
+WAY_OUT = (
+    "For tables in a schema of its own, append ?options=-csearch_path%3Dvoice to DATABASE_URL"
+    " (& in place of ? if it has parameters)"
+)
 
 # Any constant will do. Replicas that start together on an empty database take turns by it.
 SCHEMA_LOCK = 0x62656D6F7265
