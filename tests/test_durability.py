@@ -207,7 +207,7 @@ async def test_connections_that_break_without_a_word_cost_one_statement(
     """One statement runs into its time limit; then all connections are new, and the log says that it is over."""
     caplog.set_level("INFO", "bemore_voice")
     async with Wire(lambda: wired(postgres_url)) as wire:
-        async with Postgres(f"postgresql://postgres@127.0.0.1:{wire.port}/postgres", 5) as storage:
+        async with Postgres(f"postgresql://postgres@127.0.0.1:{wire.port}/postgres", 3) as storage:
             await talk_in_turns(storage, "s", 1)
             wire.strand()
             with pytest.raises(Unavailable, match="TimeoutError"):
