@@ -156,11 +156,13 @@ class SQLite(Storage):
             await self._connection.execute(f"PRAGMA busy_timeout = {READER_PATIENCE_MS}")
             try:
                 ((busy, *_),) = await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error:
+                busy = True
             finally:
                 await self._connection.execute(f"PRAGMA busy_timeout = {self._timeout * 1000:.0f}")
         if busy:
             logger.warning(
-                "%s: another program reads the file, so that %s-wal may hold what was erased"
+                "%s: %s-wal cannot be emptied while another program reads the file; it may hold what was erased"
                 " until the next deletion or the end of this process",
                 self.description,
                 Path(self._path).name,

@@ -142,7 +142,7 @@ async def test_statements_behind_a_lock_are_cancelled_at_the_server(
                     *(storage.admit("s", NOW, 6000) for _ in range(40)), return_exceptions=True
                 )
                 assert all(isinstance(result, Unavailable) for result in results)
-                assert await backends(postgres_url) - others <= MAX_CONNECTIONS + 1
+                assert await backends(postgres_url) - others <= 2 * MAX_CONNECTIONS
             if not pooler:
                 await until_backends(postgres_url, WAITS_FOR_A_LOCK, lambda count: not count)
         await asyncio.gather(*(storage.admit("s", NOW, 6000) for _ in range(40)))
@@ -257,7 +257,7 @@ async def test_a_backend_that_is_terminated_is_a_fault_like_any_other(postgres_u
 
 async def talk_until_killed(program: Program, session_id: str, said: list[str]) -> None:
     """Ask one thing after another, and note what was told complete."""
-    with contextlib.suppress(aiohttp.ClientError, AssertionError):  # the end of the connection
+    with contextlib.suppress(aiohttp.ClientError, ConnectionError):  # the process is killed
         async with program.connect(session_id) as client:
             for number in range(1000):
                 message = f"{session_id}, {number}"
@@ -334,6 +334,6 @@ async def test_a_program_that_reads_the_file_delays_the_emptying_of_its_log(
             assert len(reader.execute("SELECT * FROM conversations").fetchall()) == 2
             await storage.delete_session("s")
             assert CANARY.encode() in held_in(tmp_path)
-            assert caplog.text.count("another program reads the file") == 1
+            assert caplog.text.count("cannot be emptied") == 1
         await storage.delete_session("other")
         assert CANARY.encode() not in held_in(tmp_path)
