@@ -11,7 +11,7 @@ from typing import Any, Self
 import asyncpg
 
 from bemore.database_url import DatabaseUrl, parse_database_url
-from bemore.postgres_start import FAULTS, passes, prepare_tables, qualified, reason
+from bemore.postgres_start import FAULTS, is_temporary, prepare_tables, qualified, reason
 from bemore.storage import (
     CREATE_SESSION,
     ERASE_OLD,
@@ -106,7 +106,7 @@ class Postgres(Storage):
                 return await self._open_pool(url.for_asyncpg)
             except (*FAULTS, ValueError) as error:
                 why = reason(error, url.place)
-                if not passes(error) or time.monotonic() >= deadline:
+                if not is_temporary(error) or time.monotonic() >= deadline:
                     raise CannotStart(why) from None
             if not waiting:
                 logger.info("DATABASE_URL: waiting up to %.0f s: %s", self._start_seconds, why)

@@ -153,6 +153,16 @@ async def test_a_role_that_may_not_write_turns_is_told_so(postgres_url: str, own
         await owner.execute("DROP OWNED BY reader; DROP ROLE reader")
 
 
+async def test_tables_that_keep_what_was_said_in_an_erased_session_are_refused(
+    url: str, owner: asyncpg.Connection
+) -> None:
+    async with open_storage(url):
+        pass
+    await owner.execute("ALTER TABLE conversations DROP CONSTRAINT conversations_session_id_fkey")
+    assert "the table conversations has no foreign key to sessions ON DELETE CASCADE" in await why_not(url)
+    await owner.execute("DROP TABLE conversations")
+
+
 async def test_the_tables_of_an_earlier_version_are_completed(url: str, owner: asyncpg.Connection) -> None:
     async with open_storage(url) as storage:
         await storage.create_session("old")
