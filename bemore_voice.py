@@ -1031,21 +1031,19 @@ async def serve(settings: Settings) -> None:
         await runner.cleanup()
 
 
-async def erase(settings: Settings, session_id: str) -> int:
-    """Erase one session for an operator, also while the server runs; return the exit status."""
+async def erase(settings: Settings, session_id: str) -> None:
+    """Erase one session for an operator, also while the server runs; raise ConfigError if that is impossible."""
+    storage = make_storage(settings)
     try:
-        async with make_storage(settings) as storage:
+        async with storage:
             await storage.delete_session(session_id)
     except CannotStart as error:
         raise ConfigError(f"DATABASE_URL: {error}") from None
     except UnknownSession:
-        print(f"bemore_voice: {storage.description} has no such session")  # noqa: T201
-        return 1
+        raise ConfigError(f"--erase: {storage.description} has no such session") from None
     except Unavailable as error:
-        print(f"bemore_voice: not erased ({error.cause})")  # noqa: T201
-        return 1
+        raise ConfigError(f"--erase: not erased ({error.cause})") from None
     print(f"bemore_voice: erased the session from {storage.description}")  # noqa: T201
-    return 0
 
 
 def main() -> int:
@@ -1061,9 +1059,7 @@ def main() -> int:
         configure_logging(settings.log_level)
         for name, setting in similar_settings(dotenv).items():
             logger.warning(".env: %s is not a setting, is %s meant?", name, setting)
-        if session_id is not None:
-            return asyncio.run(erase(settings, session_id))
-        asyncio.run(serve(settings))
+        asyncio.run(serve(settings) if session_id is None else erase(settings, session_id))
     except ConfigError as error:
         print(f"bemore_voice: {error}", file=sys.stderr)  # noqa: T201
         return 2
