@@ -81,7 +81,7 @@ def test_the_fallback_is_asked_once(last: Action) -> None:
             plan.after(error(last), "", 15)
 
 
-def test_the_fallback_is_asked_at_once_where_the_pause_is_too_long() -> None:
+def test_a_pause_that_is_too_long_leads_to_the_fallback() -> None:
     plan = RetryPlan("Model", [MAIN, FALLBACK])
     assert plan.after(error(Action.RETRY_OR_FALLBACK, 3600), "", 15) == 0
     assert plan.model is FALLBACK
@@ -113,7 +113,7 @@ def test_a_reply_that_broke_off_is_continued_once(action: Action) -> None:
 
 
 @pytest.mark.parametrize("action", Action)
-def test_a_reply_that_ran_out_of_tokens_is_whole_where_its_end_fails(action: Action) -> None:
+def test_a_reply_out_of_tokens_is_whole_if_its_end_fails(action: Action) -> None:
     plan = RetryPlan("Model", [MAIN])
     assert plan.after(RetryableError("tokens", Action.FAIL, sentence_open=True), "네, 그", 15) == 0
     assert plan.request_for_rest == FINISH_SENTENCE
@@ -153,7 +153,7 @@ def test_the_texts_of_a_conversation_take_turns() -> None:
         ("", "  네.", "  네."),
     ],
 )
-def test_the_rest_is_joined_with_no_word_twice_and_a_space_between(said: str, rest: str, whole: str) -> None:
+def test_the_rest_is_joined_without_repeated_words(said: str, rest: str, whole: str) -> None:
     for size in range(1, len(rest) + 2):
         joiner = ContinuationJoiner(said)
         told = [joiner.feed(rest[at : at + size]) for at in range(0, len(rest), size)]
@@ -176,7 +176,7 @@ PIECES = st.sampled_from(["네, ", "가", "<", ">", "/", "think", "생각", *TAG
 
 
 @given(st.lists(PIECES), st.data())
-def test_the_cuts_of_a_stream_do_not_change_what_a_think_filter_shows(pieces: list[str], data: st.DataObject) -> None:
+def test_any_cut_shows_the_same_text_outside_of_think_blocks(pieces: list[str], data: st.DataObject) -> None:
     text, shown, at = "".join(pieces), "", 0
     think = ThinkFilter()
     while at < len(text):

@@ -225,7 +225,7 @@ def test_openai_shapes(shape: str) -> None:
     assert read("openai", blocks) == (text, outcome)
 
 
-def test_a_reply_that_has_its_finish_reason_may_end_where_an_error_follows() -> None:
+def test_an_error_after_a_finish_reason_may_end_the_reply() -> None:
     for blocks, may_end in (([event("가", "STOP"), error(503)], True), ([event("가"), error(503)], False)):
         answer = parser("gemini")
         text = "".join(map(answer.feed, blocks)) + answer.close()
@@ -252,7 +252,7 @@ def test_a_stream_without_text_is_given_up_at_its_limit(filler: bytes) -> None:
     assert caught.value.action is Action.FAIL
 
 
-def test_the_early_end_of_an_answer_is_known_before_its_stream_ends() -> None:
+def test_a_finish_reason_is_known_before_the_stream_ends() -> None:
     answer = parser("gemini")
     assert answer.feed(event("가", "STOP")) == "가"
     assert answer.end is End.COMPLETE
