@@ -62,7 +62,7 @@ def last_forwarded(headers: list[str]) -> str:
     return headers[-1].rpartition(",")[2].strip() if headers else ""
 
 
-def countable_address(peer: str, forwarded: str = "") -> str:
+def rate_limit_key(peer: str, forwarded: str = "") -> str:
     """Return the address to count by: the one that a proxy names, an IPv6 one by its first half (one household's)."""
     address = forwarded or peer
     if dressed := re.fullmatch(r"(?:\[(.+)\]|([\d.]+))(?::\d+)?", address):  # with a port, as Azure writes it

@@ -28,27 +28,55 @@ class Signal(StrEnum):
     VIOLENCE = "violence"  # wants to kill or hurt somebody else
 
 
-# Sentences: few and short, no promise, no method, no refusal. The number is written twice, 109 for the eye and 일공구
-# for a voice, which would read it as a quantity. Each ends with a space: more follows.
+# Helpline sentences: at most three, no promise that a call is answered, no method, no refusal. 109 is followed by its
+# spelling, because a voice would read the figures as a quantity. Each ends with a space, because more follows.
 
 HELPLINE = "자살예방 상담전화 109, 일공구"
 FIRST = {
-    Signal.EXPLICIT: "많이 힘드셨겠어요. 말해 주셔서 고마워요. "
-    f"{HELPLINE}로 전화해 주세요. 24시간 무료예요. 당장 위험하다면 119에 전화해 주세요. ",
-    Signal.INDIRECT: f"그 말씀에 마음이 쓰여요. 혼자 감당하기 벅차시면 {HELPLINE}로 전화해 보세요. ",
-    Signal.VIOLENCE: "많이 화가 나고 괴로우시겠어요. 지금은 그 사람에게서, 다치게 할 수 있는 물건에서 떨어져 주세요. "
-    f"누군가 위험하다면 112에, 이야기할 곳이 필요하면 {HELPLINE}로 전화해 주세요. ",
+    Signal.EXPLICIT: f"많이 힘드셨을 텐데 말해 주셔서 고마워요. 24시간 {HELPLINE}로 전화하거나 문자를 보내 주세요. "
+    "당장 위험하면 그 자리를 벗어나 119나 112에 전화해 주세요. ",
+    Signal.INDIRECT: "그 말씀이 마음에 걸려요. "
+    f"혼자 감당하기 벅차거나 죽고 싶은 마음이 든다면, {HELPLINE}로 전화하거나 문자를 보내 보세요. ",
+    # An attacker, a victim and a parent with an intrusive thought may each hear this one.
+    Signal.VIOLENCE: "마음이 많이 괴로우시겠어요. 누구도 다치지 않게, 우선 그 자리에서 떨어져 안전한 곳으로 가 주세요. "
+    "위험하면 바로 112에, 이야기할 곳이 필요하면 24시간 상담전화 109, 일공구로 전화해 주세요. ",
 }
-# Where the first was said in this session already.
+# For a session in which the first form was said before.
 SHORT = {
-    Signal.EXPLICIT: f"말해 주셔서 고마워요. {HELPLINE}, 급하면 119에 지금 전화해 주세요. ",
-    Signal.INDIRECT: f"여전히 많이 힘드시군요. {HELPLINE}로 전화해 보세요. ",
-    Signal.VIOLENCE: f"우선 그 자리에서 떨어져 주세요. 위험하면 112, 이야기는 {HELPLINE}로 할 수 있어요. ",
+    Signal.EXPLICIT: f"계속 말해 주셔서 고마워요. {HELPLINE}에 전화나 문자로 연락해 주세요. "
+    "당장 위험하면 119나 112에 전화해 주세요. ",
+    Signal.INDIRECT: f"지금도 많이 힘드시군요. {HELPLINE}에 전화나 문자로 연락해 보세요. ",
+    Signal.VIOLENCE: "우선 그 자리에서 떨어져 안전한 곳으로 가 주세요. "
+    "위험하면 112에, 이야기할 곳이 필요하면 109, 일공구로 전화해 주세요. ",
 }
-# In place of words that the model's safety filter held back; a refusal would be the worst answer then.
-BLOCKED = "말씀하신 마음을 가볍게 여기지 않아요. "
-BLOCKED_REPLY = f"{BLOCKED}혼자 견디지 마시고 {HELPLINE}로 전화해 주세요. 당장 위험하다면 119에 전화해 주세요."
-BLOCKED_SHORT = f"{BLOCKED}지금 곁에 함께 있어 줄 사람이 있나요?"  # after a sentence that named the numbers
+# Replaces words that the model's safety filter held back.
+BLOCKED = "꺼내기 어려운 이야기를 해 주셨네요. "
+BLOCKED_REPLY = (
+    f"{BLOCKED}혼자 감당하기 벅차시면 {HELPLINE}에, 폭력을 겪고 계시면 1366, 일삼육육에 전화해 보세요. "
+    "당장 위험하면 119나 112에 전화해 주세요."
+)
+# Used when the helpline sentence of the same turn has named the numbers.
+BLOCKED_SHORT = f"{BLOCKED}지금 곁에 함께 있어 줄 사람이 있나요?"
+# Helpline sentences of earlier versions, which stored replies may hold.
+FORMER = {
+    Signal.EXPLICIT: (
+        f"많이 힘드셨겠어요. 말해 주셔서 고마워요. {HELPLINE}로 전화해 주세요. "
+        "24시간 무료예요. 당장 위험하다면 119에 전화해 주세요.",
+        f"말해 주셔서 고마워요. {HELPLINE}, 급하면 119에 지금 전화해 주세요.",
+    ),
+    Signal.INDIRECT: (
+        f"그 말씀에 마음이 쓰여요. 혼자 감당하기 벅차시면 {HELPLINE}로 전화해 보세요.",
+        f"여전히 많이 힘드시군요. {HELPLINE}로 전화해 보세요.",
+    ),
+    Signal.VIOLENCE: (
+        *(
+            f"{opening} 지금은 그 사람에게서, 다치게 할 수 있는 물건에서 떨어져 주세요. "
+            f"누군가 위험하다면 112에, 이야기할 곳이 필요하면 {HELPLINE}로 전화해 주세요."
+            for opening in ("많이 화가 나고 괴로우시겠어요.", "그만큼 화가 나고 괴로우시군요.")
+        ),
+        f"우선 그 자리에서 떨어져 주세요. 위험하면 112, 이야기는 {HELPLINE}로 할 수 있어요.",
+    ),
+}
 
 
 # Letters: a text as it sounds, so that spelling, spaces and signs between letters make little difference

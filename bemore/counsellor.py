@@ -1,7 +1,8 @@
-"""Who answers: what a counsellor is asked, how it answers, and how it fails."""
+"""What a counsellor is asked, how it replies, and how a reply fails."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ class Emotion(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """What a person said, and what they were answered."""
+class PastTurn:
+    """A stored turn: what the person said and what the counsellor replied."""
 
     id: int
     user_message: str
@@ -31,57 +32,67 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a counsellor is asked: its instruction, the person's words, and the turns before, oldest first."""
+    """One request to a counsellor: the system prompt, the person's message, and the past turns, oldest first."""
 
     instruction: str
     message: str
-    history: Sequence[Turn] = ()
-    emotion: Emotion | None = None  # a signal beside the words; the instruction says what follows
-    at_risk: bool = False  # has spoken of suicide or self-harm, now or earlier in the session
+    history: Sequence[PastTurn] = ()
+    # The two fields below are for the demo counsellor; for a model the instruction says what follows from them.
+    emotion: Emotion | None = None
+    at_risk: bool = False
 
 
 class Notice(Enum):
-    """What a counsellor tells the server, and no person."""
+    """A risk that the model sees in the conversation: it tells the server, which answers with a helpline sentence."""
 
-    RISK = "risk"  # the person's words, in the light of the whole conversation, hold a sign that needs a helpline
+    SELF = "self"  # the person may harm themselves
+    OTHERS = "others"  # the person may harm somebody else
 
 
 Say = Callable[[str | Notice], None]
 
-# What a model is asked to write for Notice.RISK: nobody would say it.
-RISK_MARKER = "[[109]]"
+# What the system prompt asks the model to write for each notice. No reply contains these by chance.
+MARKERS = {"[[위험]]": Notice.SELF, "[[위협]]": Notice.OTHERS}
+MARKER = re.compile("|".join(map(re.escape, MARKERS)))
+# Finds the longest end of a text that may be the beginning of a marker; it is empty if there is none.
+_BEGINNINGS = (re.escape(marker[:size]) for marker in MARKERS for size in range(1, len(marker)))
+BEGINNING = re.compile(f"(?:{'|'.join(_BEGINNINGS)})?\\Z")
 
 
 class MarkerFilter:
-    """Takes the marker out of a text that comes in pieces, and holds back nothing that cannot begin one."""
+    """Replaces markers by notices in a text that arrives in pieces; text that cannot begin a marker is not delayed."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def feed(self, text: str) -> list[str | Notice]:
-        """Return what can be told so far: text without the marker, and the notice in its place."""
-        if not self._held and RISK_MARKER[0] not in text:
-            return [text]  # nearly always
-        *before, last = (self._held + text).split(RISK_MARKER)
-        held = next(size for size in range(len(RISK_MARKER) - 1, -1, -1) if last.endswith(RISK_MARKER[:size]))
-        self._held = last[len(last) - held :]
+        """Return the text and the notices that are certain so far."""
+        # All markers begin with this character, and hardly any text contains it.
+        if not self._held and "[" not in text:
+            return [text]
+        text = self._held + text
         pieces: list[str | Notice] = []
-        for piece in before:
-            pieces += [piece, Notice.RISK]
-        return [piece for piece in (*pieces, last[: len(last) - held]) if piece]
+        at = 0
+        for found in MARKER.finditer(text):
+            pieces += [text[at : found.start()], MARKERS[found[0]]]
+            at = found.end()
+        beginning = BEGINNING.search(text, at)
+        assert beginning is not None
+        self._held = beginning[0]
+        return [piece for piece in (*pieces, text[at : beginning.start()]) if piece]
 
     def rest(self) -> str:
-        """Return what was held back, once no more comes."""
+        """Return what is still held when the reply ends, unless two brackets show that it is a broken marker."""
         held, self._held = self._held, ""
-        return held
+        return "" if held.startswith("[[") else held
 
 
 class CounsellorError(Exception):
-    """A reply cannot be had whole."""
+    """A reply is incomplete."""
 
 
 class Failed(CounsellorError):
-    """The model failed; `cause` is for the log, and never holds what anyone said, a key, or a library's own words."""
+    """The model failed. `cause` is for the log: it contains no conversation, no key, and no text of a library."""
 
     def __init__(self, cause: str) -> None:
         super().__init__(cause)
@@ -89,13 +100,16 @@ class Failed(CounsellorError):
 
 
 class Blocked(CounsellorError):
-    """The model's safety filter held back the person's words, or the rest of its own."""
+    """The model's safety filter blocked the person's message or the rest of the reply."""
 
 
 class Counsellor(ABC):
-    """A context manager that holds its connections, and one stream of text for each prompt."""
+    """A context manager that owns its connections and streams one reply for each prompt."""
 
-    name: str  # of whoever answers, for people to read
+    # The model's name for people to read, in the start line, /health and the page.
+    name: str
+    # "demo", "gemini" or "openai".
+    kind: str
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,12 +117,12 @@ class Counsellor(ABC):
     async def __aexit__(self, *_: object) -> None:
         return None
 
-    def prepare(self) -> None:  # noqa: B027 - most have nothing to get ready
-        """Get ready, without waiting: somebody has come, and is about to speak."""
+    def prepare(self) -> None:  # noqa: B027 - optional for subclasses
+        """Get ready for a request without waiting: a client has connected."""
 
     @abstractmethod
     async def reply(self, prompt: Prompt, say: Say) -> None:
-        """Say the reply in pieces as they are written; raise Failed or Blocked where it cannot be had whole.
+        """Pass the reply to `say` piece by piece; raise Failed or Blocked if it is incomplete.
 
-        What `say` raises ends the reply.
+        An exception from `say` ends the reply.
         """

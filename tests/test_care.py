@@ -1,5 +1,6 @@
 """What asks for a helpline: the decisions, their file, their time, and the prepared sentences."""
 
+import re
 import subprocess
 import sys
 import time
@@ -135,14 +136,16 @@ def test_a_clinician_can_see_what_spoke() -> None:
     assert second == "none: 안녕하세요"
 
 
-# The prepared sentences
+# The helpline sentences
 
 
 @pytest.mark.parametrize("sentences", [FIRST, SHORT])
-def test_the_prepared_sentences_name_the_right_numbers_for_the_eye_and_for_the_ear(
-    sentences: dict[Signal, str],
-) -> None:
-    numbers = {Signal.EXPLICIT: ("109", "119"), Signal.INDIRECT: ("109",), Signal.VIOLENCE: ("112", "109")}
+def test_helpline_sentences_name_the_right_numbers_for_eye_and_ear(sentences: dict[Signal, str]) -> None:
+    numbers = {
+        Signal.EXPLICIT: ("109", "119", "112", "문자"),
+        Signal.INDIRECT: ("109", "문자"),
+        Signal.VIOLENCE: ("112", "109"),
+    }
     for signal, sentence in sentences.items():
         assert all(number in sentence for number in numbers[signal])
         assert "109, 일공구" in sentence
@@ -152,7 +155,13 @@ def test_the_prepared_sentences_name_the_right_numbers_for_the_eye_and_for_the_e
         assert len(SHORT[signal]) < len(FIRST[signal])
 
 
-def test_the_reply_in_place_of_a_blocked_one_names_the_numbers_once() -> None:
-    assert "109, 일공구" in BLOCKED_REPLY
-    assert "119" in BLOCKED_REPLY
+@pytest.mark.parametrize("text", [*FIRST.values(), *SHORT.values(), BLOCKED_REPLY, BLOCKED_SHORT])
+def test_prepared_texts_are_three_sentences_at_most_and_promise_nothing(text: str) -> None:
+    assert len(re.findall(r"[.?!](?:\s|$)", text)) <= 3
+    assert "무료" not in text
+    assert "화가" not in text
+
+
+def test_reply_in_place_of_a_blocked_one_names_the_numbers_once() -> None:
+    assert all(number in BLOCKED_REPLY for number in ("109, 일공구", "1366", "119", "112"))
     assert not any(character.isdigit() for character in BLOCKED_SHORT)

@@ -1,15 +1,16 @@
-"""The marker by which a model tells of a danger: taken out of a stream however it is cut, and nothing else with it."""
+"""MarkerFilter: markers become notices however a stream cuts them, and no other text is changed or delayed."""
+
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bemore.counsellor import RISK_MARKER, MarkerFilter, Notice
+from bemore.counsellor import MARKERS, MarkerFilter, Notice
 
-# Words, whole markers, and beginnings and ends of them.
-PIECES = st.sampled_from(
-    ["네, ", "가", " ", "[", "]", "[[", "1", RISK_MARKER[:-1], RISK_MARKER[1:], RISK_MARKER, RISK_MARKER + RISK_MARKER]
-)
+MARKER = re.compile("|".join(map(re.escape, MARKERS)))
+BEGINNINGS = {marker[:size] for marker in MARKERS for size in range(len(marker))}
+PIECES = st.sampled_from(["네, ", "가", " ", "위", "]", *sorted(BEGINNINGS), *MARKERS, *(m[1:] for m in MARKERS)])
 
 
 def text_of(pieces: list[str | Notice]) -> str:
@@ -17,33 +18,35 @@ def text_of(pieces: list[str | Notice]) -> str:
 
 
 @given(st.lists(PIECES), st.data())
-def test_whatever_the_cuts_the_marker_goes_and_all_else_stays(pieces: list[str], data: st.DataObject) -> None:
+def test_any_cut_gives_the_same_text_and_notices(pieces: list[str], data: st.DataObject) -> None:
     text, marker, at = "".join(pieces), MarkerFilter(), 0
     told: list[str | Notice] = []
     while at < len(text):
         size = data.draw(st.integers(1, 8))
         told += marker.feed(text[at : at + size])
         at = min(at + size, len(text))
-        # Nothing is held back but what may still become a marker.
-        so_far = text[:at].replace(RISK_MARKER, "")
+        # Only the beginning of a marker is held.
+        so_far = MARKER.sub("", text[:at])
+        assert so_far.startswith(text_of(told))
         held = so_far[len(text_of(told)) :]
-        assert so_far == text_of(told) + held
-        assert RISK_MARKER.startswith(held)
-        assert len(held) < len(RISK_MARKER)
-    assert text_of(told) + marker.rest() == text.replace(RISK_MARKER, "")
-    assert told.count(Notice.RISK) == text.count(RISK_MARKER)
+        assert held in BEGINNINGS
+    # A marker that the end breaks off is not shown.
+    *before, last = MARKER.split(text)
+    assert text_of(told) + marker.rest() == "".join(before) + re.sub(r"\[\[(위((험|협)\]?)?)?\Z", "", last)
+    assert [piece for piece in told if isinstance(piece, Notice)] == [MARKERS[found] for found in MARKER.findall(text)]
     assert "" not in told
 
 
-@pytest.mark.parametrize("cut", range(1, len(RISK_MARKER)))
-def test_a_marker_in_two_pieces_is_one_notice_before_the_text(cut: int) -> None:
-    marker = MarkerFilter()
-    assert marker.feed(RISK_MARKER[:cut]) == []
-    assert marker.feed(RISK_MARKER[cut:] + "네.") == [Notice.RISK, "네."]
-    assert marker.rest() == ""
+@pytest.mark.parametrize("text", MARKERS)
+def test_a_marker_in_two_pieces_is_one_notice_before_the_text(text: str) -> None:
+    for cut in range(1, len(text)):
+        marker = MarkerFilter()
+        assert marker.feed(text[:cut]) == []
+        assert marker.feed(text[cut:] + "네.") == [MARKERS[text], "네."]
+        assert marker.rest() == ""
 
 
-def test_text_that_can_begin_no_marker_is_not_held_back_at_all() -> None:
+def test_text_that_can_begin_no_marker_is_not_delayed() -> None:
     marker = MarkerFilter()
     for text in ("네", ", 알겠", "어요]", "[가", "109"):
         assert marker.feed(text) == [text]

@@ -1,36 +1,56 @@
 """The canned counsellor."""
 
+import asyncio
+
 import pytest
 
-from bemore.counsellor import Emotion, Notice, Prompt, Turn
-from bemore.demo import Demo, demo_reply
+from bemore.counsellor import Emotion, Notice, Prompt, PastTurn
+from bemore.demo import REPLIES, RISK_REPLIES, Demo, demo_reply
 
 
 @pytest.mark.parametrize("emotion", [None, *Emotion])
-def test_the_demo_reflects_emotion_and_words_and_says_that_it_is_canned(emotion: Emotion | None) -> None:
-    first = demo_reply(Prompt("", "오늘 면접을 봤어요. 그리고 집에 왔어요", emotion=emotion))
-    assert "체험용" in first
-    assert "‘오늘 면접을 봤어요’, 그 말씀 잘 들었어요." in first
-    later = [demo_reply(Prompt("", "네", [Turn(number, "", "")], emotion)) for number in range(3)]
-    assert len(set(later)) == 3
+def test_first_reply_gives_empathy_before_the_notice(emotion: Emotion | None) -> None:
+    first = demo_reply(Prompt("", "오늘 면접을 봤어요", emotion=emotion))
+    assert first.startswith(REPLIES[emotion or Emotion.NEUTRAL][0])
+    assert "체험용" in first.removeprefix(REPLIES[emotion or Emotion.NEUTRAL][0])
+
+
+@pytest.mark.parametrize(
+    ("emotion", "kinds"), [(None, 6), *((emotion, 3) for emotion in Emotion if emotion != "neutral")]
+)
+def test_later_replies_vary_and_omit_the_notice(emotion: Emotion | None, kinds: int) -> None:
+    later = [demo_reply(Prompt("", "네", [PastTurn(number, "", "")], emotion)) for number in range(1, kinds + 1)]
+    assert len(set(later)) == kinds
     assert not any("체험용" in reply for reply in later)
 
 
-@pytest.mark.parametrize("message", ["?", "...", "가" * 30, "가나다 " * 20, "“”", "\n", "👨‍👩‍👧‍👦" * 10])
-def test_the_demo_answers_anything(message: str) -> None:
-    reply = demo_reply(Prompt("", message))
-    assert "‘’" not in reply
-    assert "  " not in reply
+def test_replies_at_risk_vary_name_no_number_and_say_that_they_are_canned() -> None:
+    replies = [demo_reply(Prompt("", "네", [PastTurn(number, "", "")], at_risk=True)) for number in range(4)]
+    assert set(replies) == set(RISK_REPLIES)
+    for reply in replies:
+        assert "체험용" in reply
+        assert not any(character.isdigit() for character in reply)
 
 
-def test_a_long_sentence_is_quoted_with_a_mark_where_it_is_cut() -> None:
-    reply = demo_reply(Prompt("", "내일 아침에 처음으로 여러 사람 앞에서 발표를 해요", [Turn(1, "", "")]))
-    assert reply.startswith("‘내일 아침에 처음으로 여러 사람 앞에서…’, 그 말씀 잘 들었어요. ")
+@pytest.mark.parametrize("message", ["네", "이 바보야", "그 사람이 저를 때렸어요", "👨‍👩‍👧‍👦" * 10])
+def test_reply_never_repeats_the_message(message: str) -> None:
+    assert demo_reply(Prompt("", message)) == demo_reply(Prompt("", "오늘 면접을 봤어요"))
 
 
-async def test_the_demo_streams_word_by_word() -> None:
-    prompt = Prompt("", "네", [Turn(1, "", "")])
+@pytest.mark.parametrize("emotion", [None, *Emotion])
+@pytest.mark.parametrize("at_risk", [False, True])
+async def test_reply_is_streamed_in_words_within_two_and_a_half_seconds(
+    emotion: Emotion | None, at_risk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    prompt = Prompt("", "네", emotion=emotion, at_risk=at_risk)
     words: list[str | Notice] = []
     await Demo().reply(prompt, words.append)
-    assert len(words) > 5
     assert "".join(map(str, words)) == demo_reply(prompt)
+    assert len(words) == len(pauses) > 5
+    assert 0.5 < sum(pauses) < 2.5

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from standin import Answer, GeminiStandIn, event, reset_after, silent_after, status, stream
 from tools import until
 
-from bemore.counsellor import RISK_MARKER, Blocked, Failed, Notice, Prompt, Turn
+from bemore.counsellor import MARKERS, Blocked, Failed, Notice, PastTurn, Prompt
 from bemore.gemini import GO_ON, Gemini, Joint, parse_retry_after
 
+RISK_MARKER = next(iter(MARKERS))
 KEY = "a-key-that-nobody-may-see"
-PROMPT = Prompt("따뜻하게 답하세요.", "요즘 잠이 안 와요", [Turn(n, f"말 {n}", f"답 {n}") for n in range(10)])
+PROMPT = Prompt("따뜻하게 답하세요.", "요즘 잠이 안 와요", [PastTurn(n, f"말 {n}", f"답 {n}") for n in range(10)])
 
 
 def client_for(base_url: str, **options: Any) -> Gemini:
@@ -443,7 +444,7 @@ async def test_a_marker_around_the_cut_is_never_shown(gemini: GeminiStandIn, mod
         gemini.answers.extend([stream(event(begun)), stream(*pieces, event(finish="STOP"))])
         texts: list[str | Notice] = []
         await model.reply(PROMPT, texts.append)
-        assert Notice.RISK in texts
+        assert Notice.SELF in texts
         assert "".join(text for text in texts if isinstance(text, str)).strip() == "네, 말씀해 주세요."
         contents = gemini.requests[1]["body"]["contents"]
         assert contents[-2]["parts"] == ([{"text": said}] if said else [{"text": "답 9"}])

@@ -13,19 +13,21 @@ from typing import Any
 import asyncpg
 import jwt
 import pytest
-from support import SECRET, FaultyStorage, ScriptedCounsellor, Server, make_settings, serve, token_for
-from tools import PATIENCE, until
+from support import SECRET, FaultyStorage, ScriptedCounsellor, Server, logged, make_settings, serve, token_for
+from tools import PATIENCE
 from yarl import URL
 
+from bemore.api import HTTP_ERRORS
 from bemore.demo import Demo
-from bemore.door import Door
-from bemore_voice import HTTP_ERRORS, __version__, make_storage
+from bemore_voice import __version__, make_storage
+
+HANDSHAKE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+HANDSHAKE["Sec-WebSocket-Key"] = "MDEyMzQ1Njc4OWFiY2RlZg=="
 
 
 async def refused(server: Server, path: str, **options: Any) -> tuple[int, str]:
     """The status and code by which a handshake is refused."""
-    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-    headers |= {"Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg==", **options.pop("headers", {})}
+    headers = {**HANDSHAKE, **options.pop("headers", {})}
     async with server.http.get(server.url + path, headers=headers, **options) as response:
         body = await response.json()
         assert body["error"] == HTTP_ERRORS[body["code"]][1]
@@ -57,6 +59,36 @@ async def test_connecting_creates_a_session_before_the_handshake_is_answered(ser
         assert [row[0] for row in rows] == ["test-session-123"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Sec-WebSocket-Version", "12"),
+        ("Sec-WebSocket-Version", "\udcff"),
+        ("Sec-WebSocket-Version", None),
+        ("Sec-WebSocket-Key", "\udcffDEyMzQ1Njc4OWFiY2RlZg=="),
+        ("Sec-WebSocket-Key", "가DEyMzQ1Njc4OWFiY2RlZg=="),
+        ("Sec-WebSocket-Key", "MDEy"),
+        ("Sec-WebSocket-Key", ""),
+        ("Sec-WebSocket-Key", None),
+        ("Upgrade", None),
+    ],
+)
+async def test_a_bad_handshake_is_told_to_upgrade(server: Server, name: str, value: str | None) -> None:
+    lines = {**HANDSHAKE, "Host": "127.0.0.1", name: value}
+    head = "".join(f"{key}: {line}\r\n" for key, line in lines.items() if line is not None)
+    reader, writer = await raw(server, f"GET /ws/session/s HTTP/1.1\r\n{head}\r\n".encode(errors="surrogateescape"))
+    assert b" 426 " in await reader.readline()
+    writer.close()
+    assert not any(line.startswith("ERROR") for line in logged)
+    assert not list(await server.storage.fetch("SELECT * FROM sessions"))
+
+
+async def test_head_of_a_socket_does_not_open_one(server: Server) -> None:
+    async with server.http.head(f"{server.url}/ws/session/s", headers=HANDSHAKE) as response:
+        assert response.status == 405
+    assert not list(await server.storage.fetch("SELECT * FROM sessions"))
+
+
 async def test_a_plain_get_of_a_socket_is_told_to_upgrade_and_creates_nothing(server: Server) -> None:
     async with server.http.get(f"{server.url}/ws/session/x") as response:
         assert response.status == 426
@@ -76,9 +108,7 @@ async def test_any_printable_session_id_is_taken(server: Server, session_id: str
 @pytest.mark.parametrize("path", ["", "a" * 256, "%EA%B0%80" * 256, "%00", "a%0Ab", "a%7Fb", "%E2%80%AE", "%C2%A0"])
 async def test_any_other_session_id_is_refused(server: Server, path: str) -> None:
     url = URL(f"{server.url}/ws/session/{path}", encoded=True)
-    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-    headers["Sec-WebSocket-Key"] = "MDEyMzQ1Njc4OWFiY2RlZg=="
-    async with server.http.get(url, headers=headers) as response:
+    async with server.http.get(url, headers=HANDSHAKE) as response:
         assert (response.status, (await response.json())["code"]) == (400, "invalid_session_id")
 
 
@@ -159,29 +189,6 @@ async def test_no_compression_is_agreed_to(server: Server) -> None:
 # Limits
 
 
-def connections(server: Server) -> int:
-    assert isinstance(server.runner.server, Door)
-    return server.runner.server.count
-
-
-async def test_connections_over_the_limit_are_refused_before_a_session_is_made(tmp_path: Path) -> None:
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db", MAX_CONNECTIONS=2)
-    async with serve(settings, Demo()) as server:
-        async with server.connect("a") as first, server.connect("b"):
-            assert await refused(server, "/ws/session/c") == (503, "too_many_connections")
-            assert [row[0] for row in await server.storage.fetch("SELECT session_id FROM sessions")] == ["a", "b"]
-            async with server.http.get(f"{server.url}/health") as response:
-                assert response.status == 200
-            await first.ws.close()
-            await until(lambda: connections(server) == 1)
-            async with server.connect("c") as third:
-                await third.silent()
-        await until(lambda: connections(server) == 0)
-        assert await refused(server, "/ws/session/a%00") == (400, "invalid_session_id")
-        async with server.http.get(f"{server.url}/ws/session/a") as response:
-            assert response.status == 426
-
-
 async def new_session(server: Server, **headers: str) -> tuple[int, str | None]:
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     async with server.http.post(f"{server.url}/api/sessions", headers=headers) as response:
@@ -244,7 +251,7 @@ async def raw(server: Server, request: bytes) -> tuple[asyncio.StreamReader, asy
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bemore_voice.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("bemore.api.BODY_SECONDS", 0.2)
     head = b"POST /api/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\nslow"
     reader, writer = await raw(server, head)
     async with asyncio.timeout(PATIENCE):
@@ -253,17 +260,6 @@ async def test_a_body_that_does_not_come_is_not_waited_for(server: Server, monke
     assert b"request_timeout" in answer
     writer.close()
     assert not list(await server.storage.fetch("SELECT * FROM sessions"))
-
-
-@pytest.mark.parametrize("sent", [b"", b"GET /ws/session/x HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: webso"])
-async def test_a_slow_handshake_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr("bemore_voice.HEADER_SECONDS", 0.3)
-    async with serve(make_settings(f"sqlite:///{tmp_path}/a.db"), Demo()) as server, server.connect() as talking:
-        reader, writer = await raw(server, sent)
-        async with asyncio.timeout(PATIENCE):
-            assert await reader.read() == b""
-        writer.close()
-        await talking.silent()  # a socket that is open is none of the limit's business
 
 
 @pytest.mark.parametrize("head", [b"X: " + b"a" * 10_000, b"\r\n".join(b"X-%d: a" % number for number in range(200))])
@@ -297,9 +293,7 @@ async def test_every_answer_has_its_headers(server: Server) -> None:
             assert headers["Cache-Control"] == "no-store"
             assert "default-src 'none'" in headers["Content-Security-Policy"]
             assert headers["Server"] == "BeMore voice"
-    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-    upgrade["Sec-WebSocket-Key"] = "MDEyMzQ1Njc4OWFiY2RlZg=="
-    async with server.http.get(f"{server.url}/ws/session/가", headers=upgrade) as response:
+    async with server.http.get(f"{server.url}/ws/session/가", headers=HANDSHAKE) as response:
         assert (response.status, response.headers["Server"]) == (101, "BeMore voice")
 
 

@@ -25,7 +25,7 @@ from support import (
 from tools import open_storage, until
 
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, SHORT, Signal
-from bemore.counsellor import RISK_MARKER, Emotion, Failed, Prompt
+from bemore.counsellor import MARKERS, Emotion, Failed, Prompt
 from bemore.demo import Demo, demo_reply
 from bemore_voice import MARKER_PROMPT, NOW_PROMPT, RISK_PROMPT, make_counsellor, make_storage, system_prompt
 
@@ -479,13 +479,16 @@ async def test_to_whom_the_model_has_brought_the_helpline_no_error_is_shown(
         assert (text_of(frames), kinds_of(frames)[-1]) == (FULL, "complete")
 
 
-async def test_the_marker_is_asked_for_and_never_shown(gemini: GeminiStandIn, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("marker", "signal"), list(zip(MARKERS, (Signal.EXPLICIT, Signal.VIOLENCE), strict=True)))
+async def test_the_marker_is_asked_for_and_never_shown(
+    gemini: GeminiStandIn, tmp_path: Path, marker: str, signal: Signal
+) -> None:
     settings = make_settings(f"sqlite:///{tmp_path}/a.db", DEMO_MODE=0, GEMINI_API_KEY="k", GEMINI_BASE_URL=gemini.url)
-    gemini.default = stream(event(RISK_MARKER[:3]), event(RISK_MARKER[3:] + " 네, "), event("듣고 있어요.", "STOP"))
+    gemini.default = stream(event(marker[:3]), event(marker[3:] + " 네, "), event("듣고 있어요.", "STOP"))
     async with serve(settings, make_counsellor(settings)) as server, server.connect() as client:
         await client.ask("그냥 그래요")
-        assert text_of(await client.reply()) == FULL + " 네, 듣고 있어요."
-    assert RISK_MARKER in gemini.requests[0]["body"]["systemInstruction"]["parts"][0]["text"]
+        assert text_of(await client.reply()) == FIRST[signal] + " 네, 듣고 있어요."
+    assert marker in gemini.requests[0]["body"]["systemInstruction"]["parts"][0]["text"]
 
 
 # What was said earlier
@@ -603,7 +606,7 @@ def test_the_prompt_says_so_in_place_of_the_emotion(emotion: Emotion | None) -> 
     for signal in Signal:
         now = system_prompt(emotion, now=signal, at_risk=True)
         assert NOW_PROMPT.splitlines()[1][:20] in now
-        assert RISK_MARKER not in now  # the app has spoken already
+        assert not any(marker in now for marker in MARKERS)  # the app has spoken already
         assert "{" not in now
 
 

@@ -35,8 +35,9 @@ from yarl import URL
 from bemore.care import FIRST, Signal
 from bemore.counsellor import Emotion
 from bemore.demo import Demo
+from bemore.log import LogFormatter, StrayExceptionLog
 from bemore.storage import ADD_TURN, DELETE_SESSION, SCHEMA, NewTurn
-from bemore_voice import SESSIONS, LogFormatter, StrayExceptionLog, make_counsellor, make_storage, system_prompt
+from bemore_voice import SESSIONS, make_counsellor, make_storage, system_prompt
 
 PLEA = "이제 정말 죽고 싶어요"
 
@@ -110,6 +111,20 @@ async def test_a_page_that_cannot_be_is_refused(server: Server, name: str, value
 async def test_more_than_two_hundred_turns_a_page_are_refused(server: Server) -> None:
     await server.storage.create_session("가")
     assert (await read(server, params={"limit": "201"}))[0] == 400
+
+
+async def test_a_page_holds_half_a_megabyte_of_turns_and_at_least_one(server: Server) -> None:
+    await server.storage.create_session("가")
+    for number in range(60):
+        await server.storage.add_turn("가", NewTurn(f"{number}", "답" * 16_000, None, number))
+    seen, before = 0, 2**53
+    while seen < 60:
+        async with server.http.get(f"{server.url}/api/sessions/가/conversations?limit=200&before={before}") as response:
+            page = await response.read()
+        turns = json.loads(page)["conversations"]
+        assert len(page) < 0.6 * 1024 * 1024
+        assert [int(turn["user_message"]) for turn in turns] == list(range(60 - seen - len(turns), 60 - seen))
+        seen, before = seen + len(turns), turns[0]["id"]
 
 
 async def test_a_session_in_which_nothing_was_said_is_empty_and_an_unknown_one_is_not_found(database_url: str) -> None:
@@ -390,6 +405,8 @@ BAD_TOKENS = {
     "without a session": token_for(None),
     "no token": "x",
     "empty": "",
+    "no UTF-8": "\udcff\udcfe.a.b",
+    "no ASCII": "가.나.다",
 }
 
 

@@ -26,7 +26,8 @@ from support import ENDS, FaultyStorage, Server, kinds_of, make_settings, masked
 from tools import PATIENCE, until
 
 from bemore.care import FIRST, SHORT, signal_in
-from bemore_voice import Failure, Session, Socket, Utterance, anonymous, make_counsellor, make_storage
+from bemore.log import anonymous
+from bemore_voice import Failure, Session, Socket, Utterance, make_counsellor, make_storage
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "50"))
 SEED = int(os.environ.get("SEED", "0"))

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from bemore.postgres import Postgres
-from bemore.storage import SQLite, Storage
+from bemore.sqlite import SQLite
+from bemore.storage import Storage
 
 PATIENCE = 20  # seconds that a test waits for anything before it fails
 
@@ -18,4 +19,4 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 def open_storage(url: str, timeout: float = 5) -> Storage:
-    return SQLite(url, timeout) if url.startswith("sqlite:") else Postgres(url, timeout)
+    return SQLite(url, timeout) if url.startswith("sqlite:") else Postgres(url, timeout, start_seconds=0)

@@ -1,9 +1,9 @@
 """A stand-in for Gemini that costs next to nothing: every event of a reply is encoded before the first request.
 
-    python bench/standin.py PORT
+    python bench/model.py PORT
 
 The first part of a request's path says how the reply comes: /chunks-first_ms-gap_ms/... The text of chunk n is
-chunk_text(n), so that whoever reads a reply can check it character for character. The last event comes with the last
+chunk_text(n), so that a reader of the reply can check it character for character. The last event comes with the last
 chunk, as Gemini sends it. A request that holds the word ENDLESS is answered by chunks without an end, as fast as they
 are taken, and one that holds SPEECHLESS by events without a text.
 """

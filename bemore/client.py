@@ -1,0 +1,131 @@
+"""One WebSocket: writes that do not wait, and a peer that does not read is disconnected."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+import aiohttp
+from aiohttp import WSCloseCode, WSMsgType, web
+
+# Messages that a peer sends while the connection is open.
+OPEN = (WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG)
+# The longest header that a server writes before a frame.
+FRAME_HEADER_BYTES = 10
+
+
+class Client:
+    """The server's end of one WebSocket.
+
+    Frames that the peer does not take stay in the transport's buffer. The connection is cut if the buffer exceeds
+    `max_unsent_bytes`, or if something in it is older than `stall_seconds`. All times are in seconds.
+    """
+
+    def __init__(
+        self,
+        request: web.Request,
+        *,
+        max_frame_bytes: int,
+        max_unsent_bytes: int,
+        heartbeat_seconds: float,
+        stall_seconds: float,
+        close_seconds: float,
+    ) -> None:
+        assert request.transport is not None
+        self.ws = web.WebSocketResponse(
+            autoping=False,  # Pongs are passed on: they tell which frames have arrived.
+            autoclose=False,  # read() decides who says goodbye.
+            heartbeat=heartbeat_seconds,
+            compress=False,
+            max_msg_size=max_frame_bytes + 1,  # aiohttp refuses a message of exactly this size.
+            timeout=close_seconds,
+            writer_limit=sys.maxsize,  # send() does not wait for the peer; _check() disconnects one that stalls.
+        )
+        self._request = request
+        self._transport: asyncio.Transport = request.transport
+        self._max_unsent_bytes = max_unsent_bytes
+        self._stall_seconds = stall_seconds
+        self._close_seconds = close_seconds
+        self.said_goodbye = False  # the peer has, by a close frame
+        self._closing = False
+        self._gone = asyncio.get_running_loop().create_future()
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._sent_since_check = 0
+
+    async def open(self) -> None:
+        """Answer the handshake."""
+        await self.ws.prepare(self._request)
+
+    async def receive(self) -> aiohttp.WSMessage | None:
+        """Return the peer's next message; None once the connection ends. Messages after our goodbye are dropped."""
+        while (message := await self.ws.receive()).type in OPEN:
+            if not self._closing:
+                return message
+        self.said_goodbye = message.type is WSMsgType.CLOSE
+        if not self._closing and self.said_goodbye:
+            await self.ws.close(drain=False)
+        return None
+
+    async def pause(self, seconds: float) -> None:
+        """Read nothing from the peer for a while."""
+        self._request.protocol.pause_reading()
+        await asyncio.sleep(seconds)
+        self._request.protocol.resume_reading()
+
+    def send(self, frame: bytes, opcode: WSMsgType = WSMsgType.TEXT) -> None:
+        """Write a frame. One to a peer that is gone is dropped: receive() is about to return None."""
+        if self._closing:
+            return
+        try:
+            run_to_end(self.ws.send_frame(frame, opcode))
+        except ConnectionResetError:
+            return
+        self._sent_since_check += len(frame) + FRAME_HEADER_BYTES
+        if unsent := self._transport.get_write_buffer_size():
+            if unsent > self._max_unsent_bytes:
+                self._transport.abort()
+            elif self._stall_timer is None:
+                self._start_stall_timer()
+
+    async def close(self, code: WSCloseCode, reason: bytes = b"") -> None:
+        """Say goodbye, and cut the connection unless the peer says it too in time.
+
+        aiohttp's own close() would not wait for the peer beside a task that reads, and the network may then drop frames
+        that are on their way to it.
+        """
+        self.send(code.to_bytes(2, "big") + reason, WSMsgType.CLOSE)
+        self._closing = True
+        await asyncio.wait([self._gone], timeout=self._close_seconds)
+        self._transport.abort()
+
+    def leave(self) -> None:
+        """Note that the connection has ended."""
+        if not self._gone.done():
+            self._gone.set_result(None)
+        if self._closing:
+            self._transport.close()
+
+    def _start_stall_timer(self) -> None:
+        self._sent_since_check = 0
+        self._stall_timer = asyncio.get_running_loop().call_later(self._stall_seconds, self._check)
+
+    def _check(self) -> None:
+        """Cut the connection if something is unsent that was written before the timer started."""
+        self._stall_timer = None
+        unsent = self._transport.get_write_buffer_size()
+        if unsent > self._sent_since_check:
+            self._transport.abort()
+        elif unsent:
+            self._start_stall_timer()
+
+
+def run_to_end(step: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine that never waits, as aiohttp's send_frame() without compression and below its writer limit."""
+    try:
+        step.send(None)
+    except StopIteration:
+        return
+    step.close()
+    raise RuntimeError("a send that waits")

@@ -1,0 +1,308 @@
+"""The frames that a session sends: in order, with gaps between them, and again to a peer that lost its connection.
+
+No I/O and no clock: it calls `act` with the actions that the driver is to perform.
+
+Frames pass two queues. `_held` has the frames of replies that wait for their gap; a frame gets its number when it
+leaves this queue. `_behind` has, for each peer that joined late, the frames that it still has to receive; meanwhile new
+frames are appended there. So every peer receives all frames of a reply in order, and no two of them within the gap.
+
+A peer confirms a reply by its pong to the ping that follows the last frame. A reply is kept for `keep` seconds while a
+peer has not confirmed it, or left before it did. All times are seconds on one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum, auto
+from typing import Any, NamedTuple
+
+Peer = Any  # a handle of the driver's, which is only compared and hashed
+
+
+class ErrorCode(StrEnum):
+    EMPTY_MESSAGE = "empty_message"
+    MESSAGE_TOO_LONG = "message_too_long"
+    INVALID_REQUEST = "invalid_request"
+    RATE_LIMITED = "rate_limited"
+    SESSION_EXPIRED = "session_expired"
+    AI_UNAVAILABLE = "ai_unavailable"
+
+
+class Failure(Exception):
+    """What the person gets in place of a reply, or of the rest of one.
+
+    `cause` is for the log alone. It never holds a person's words, a key, or the text of a library's exception.
+    """
+
+    def __init__(self, code: ErrorCode, cause: str = "", retry_after_ms: int | None = None) -> None:
+        super().__init__(code, cause)
+        self.code = code
+        self.cause = cause
+        self.retry_after_ms = retry_after_ms
+
+
+class Kind(Enum):
+    BEGIN = auto()
+    CHUNK = auto()
+    COMPLETE = auto()
+    INTERRUPTED = auto()  # a complete with the mark `interrupted`
+    ERROR = auto()
+
+    @property
+    def ends(self) -> bool:
+        return self in (Kind.COMPLETE, Kind.INTERRUPTED, Kind.ERROR)
+
+
+class Frame(NamedTuple):
+    """A frame of a reply; `seq` is 0 for an error that only its asker receives."""
+
+    kind: Kind
+    seq: int
+    text: str = ""
+    failure: Failure | None = None
+
+
+class Send(NamedTuple):
+    """Send a frame to these peers."""
+
+    peers: tuple[Peer, ...]
+    frame: Frame
+
+
+class Ping(NamedTuple):
+    """Send a protocol ping; the pong proves that every frame up to `seq` has arrived."""
+
+    peers: tuple[Peer, ...]
+    seq: int
+
+
+@dataclass(eq=False, slots=True)
+class Reply:
+    """The frames of one reply that were sent. Only the outbox writes its fields."""
+
+    unproven: set[Peer]  # peers that were sent frames and have not confirmed the last one
+    lost: int  # peers that left before they confirmed it, and have not come back
+    frames: list[Frame] = field(default_factory=list)
+    began_at: float = 0.0
+    expires_at: float = 0.0
+
+    @property
+    def said(self) -> list[str]:
+        """The chunks that were sent."""
+        return [frame.text for frame in self.frames if frame.kind is Kind.CHUNK]
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.frames)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.frames) and self.frames[-1].kind.ends
+
+    def wanted(self, now: float) -> bool:
+        return not self.ended or (now < self.expires_at and bool(self.unproven or self.lost))
+
+
+class Held(NamedTuple):
+    """A frame that waits for its gap, or in place of a frame a call to make once all before it was sent."""
+
+    reply: Reply
+    kind: Kind | None
+    text: str = ""
+    failure: Failure | None = None
+    urgent: bool = False  # a text that waits for the gap between frames alone, and is joined with no other
+    call: Callable[[], None] | None = None
+
+
+class Outbox:
+    """The frames of one session on their way to its peers.
+
+    `gap` is the least time between two frames of a reply, `interval` between two chunks, `keep` how long a reply is
+    kept for a peer that lost its connection.
+    """
+
+    def __init__(
+        self,
+        act: Callable[[Send | Ping], None],
+        next_seq: Callable[[], int],
+        *,
+        gap: float,
+        interval: float,
+        keep: float,
+    ) -> None:
+        self._act, self._next_seq = act, next_seq
+        self._gap, self._interval, self._keep = gap, interval, keep
+        self.peers: tuple[Peer, ...] = ()
+        self._held: deque[Held] = deque()
+        self._due = self._chunk_due = 0.0  # the earliest times of the next frame, and of the next chunk
+        self._behind: dict[Peer, deque[Frame]] = {}
+        self._replies: list[Reply] = []
+
+    # Peers
+
+    def join(self, peer: Peer, now: float) -> None:
+        """Add a peer, and send it the replies that it may have missed."""
+        self.peers += (peer,)
+        missed: deque[Frame] = deque()
+        for reply in self._replies:
+            if reply.wanted(now):
+                reply.lost = max(0, reply.lost - 1)
+                reply.unproven.add(peer)
+                missed += reply.frames
+        if missed:
+            self._behind[peer] = missed
+
+    def leave(self, peer: Peer, now: float, *, said_goodbye: bool) -> None:
+        """Remove a peer; a reply that it may not have whole is kept for its return."""
+        self.peers = tuple(other for other in self.peers if other is not peer)
+        self._behind.pop(peer, None)
+        for reply in self._replies:
+            if peer in reply.unproven:
+                reply.unproven.remove(peer)
+                if not (said_goodbye and reply.ended):
+                    reply.lost, reply.expires_at = reply.lost + 1, now + self._keep
+
+    def receipt(self, peer: Peer, seq: int) -> None:
+        """Note that a peer has received every frame up to `seq`."""
+        for reply in self._replies:
+            if reply.ended and reply.frames[-1].seq <= seq:
+                reply.unproven.discard(peer)
+
+    # Replies
+
+    def open_reply(self, asker: Peer) -> Reply:
+        """Return a reply without frames yet; one whose asker has left is kept for it."""
+        self._replies.append(Reply(set(self.peers), lost=int(asker not in self.peers)))
+        return self._replies[-1]
+
+    def discard(self, reply: Reply) -> None:
+        """Drop a reply of which nothing was sent or held."""
+        assert not reply.begun
+        self._replies = [other for other in self._replies if other is not reply]
+
+    def discard_all(self) -> None:
+        """Keep no reply for anyone."""
+        self._replies.clear()
+
+    def say(self, reply: Reply, text: str, *, urgent: bool = False) -> None:
+        """Queue text as a chunk, or join it to a chunk that waits; the first text brings the begin."""
+        last = self._held[-1] if self._held else None
+        if last is not None and last.reply is reply and last.kind is Kind.CHUNK and not (urgent or last.urgent):
+            text = self._held.pop().text + text
+        elif not reply.begun and not self.holds(reply):
+            self._held.append(Held(reply, Kind.BEGIN))
+        self._held.append(Held(reply, Kind.CHUNK, text, urgent=urgent))
+        if urgent:
+            self._send_missed()
+
+    def end(self, reply: Reply, kind: Kind, failure: Failure | None = None) -> None:
+        """Queue the last frame of a reply."""
+        assert kind.ends
+        self._held.append(Held(reply, kind, failure=failure))
+
+    def then(self, reply: Reply, call: Callable[[], None]) -> None:
+        """Call once all that is queued so far was sent."""
+        self._held.append(Held(reply, None, call=call))
+
+    def holds(self, reply: Reply) -> bool:
+        return any(item.reply is reply for item in self._held)
+
+    def drop_text(self, reply: Reply) -> None:
+        """Drop what was not sent, but urgent text, and the first chunk of a reply whose begin was sent."""
+        items = [item for item in self._held if item.reply is reply]
+        kept = [item for item in items if item.urgent]
+        if not kept and len(reply.frames) == 1:
+            kept = [item for item in items if item.kind is Kind.CHUNK]
+        if kept and not reply.begun:
+            kept.insert(0, items[0])
+        self._held = deque([*(item for item in self._held if item.reply is not reply), *kept])
+        self._send_missed()
+
+    # Time
+
+    @property
+    def empty(self) -> bool:
+        return not (self._held or self._behind)
+
+    def keeps(self, now: float) -> bool:
+        """Drop the replies that no peer can come back for; return whether any is left."""
+        self._replies = [reply for reply in self._replies if reply.wanted(now)]
+        return bool(self._replies)
+
+    def deadline(self) -> float | None:
+        """Return when flush() is wanted; without frames to send, when the last kept reply expires."""
+        if self._behind:
+            return self._due
+        if self._held:
+            return self._ready_at(self._held[0])
+        return max((reply.expires_at for reply in self._replies), default=None) if not self.peers else None
+
+    def _ready_at(self, item: Held) -> float:
+        """Return the time at which an item may leave the queue. A begin does not wait: it starts another reply."""
+        if item.kind is Kind.CHUNK and not item.urgent:
+            return max(self._due, self._chunk_due)
+        return 0.0 if item.kind in (Kind.BEGIN, None) else self._due
+
+    def flush(self, now: float) -> None:
+        """Send what is due: to each peer at most one frame of a reply."""
+        catching_up = now >= self._due
+        while self._held and now >= self._ready_at(self._held[0]):
+            self._leave_queue(now)
+        while self._behind and catching_up:
+            self._due = now + self._gap
+            catching_up = not self._gap
+            for peer in list(self._behind):
+                self._send_missed_to(peer, 1)
+
+    def hurry(self, now: float, *, unless: int) -> None:
+        """Send all that is held without its gaps, unless only so many frames wait: what comes next is urgent."""
+        if sum(item.kind not in (Kind.BEGIN, None) for item in self._held) > unless:
+            while self._held:
+                self._leave_queue(now)
+
+    def _leave_queue(self, now: float) -> None:
+        item = self._held.popleft()
+        if item.call is not None:
+            item.call()
+        else:
+            self._send(item, now)
+
+    def _send(self, item: Held, now: float) -> None:
+        """Give a frame its number, and send it to the peers that have all frames before it."""
+        reply, kind = item.reply, item.kind
+        assert kind is not None
+        assert not reply.ended
+        frame = Frame(kind, self._next_seq(), item.text, item.failure)
+        reply.frames.append(frame)
+        self._due = now + self._gap
+        if kind is Kind.CHUNK:
+            self._chunk_due = now + self._interval
+        elif kind is Kind.BEGIN:
+            reply.began_at, self._chunk_due = now, 0.0
+        peers = self.peers
+        if self._behind:
+            peers = tuple(peer for peer in peers if peer not in self._behind)
+            for missed in self._behind.values():
+                missed.append(frame)
+        self._act(Send(peers, frame))
+        if kind.ends:
+            reply.expires_at = now + self._keep
+            reply.lost = reply.lost if self.peers else max(1, reply.lost)
+            self._act(Ping(peers, frame.seq))
+
+    def _send_missed(self) -> None:
+        """Send all missed frames without a gap: what follows is urgent."""
+        for peer in list(self._behind):
+            self._send_missed_to(peer, len(self._behind[peer]))
+
+    def _send_missed_to(self, peer: Peer, most: int) -> None:
+        missed = self._behind[peer]
+        for _ in range(min(most, len(missed))):
+            frame = missed.popleft()
+            self._act(Send((peer,), frame))
+            if frame.kind.ends:
+                self._act(Ping((peer,), frame.seq))
+        if not missed:
+            del self._behind[peer]

@@ -1,0 +1,477 @@
+"""The conversation as a pure state machine: random lives, mistakes planted in it, and its rules one by one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import sys
+import types
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bemore.conversation
+from bemore.conversation import Conversation, Mark, Phase, Store, Turn, Utterance
+from bemore.outbox import ErrorCode, Failure, Frame, Kind, Peer, Ping, Send
+
+FIRST = {signal: f"<first {signal}>" for signal in ("explicit", "indirect", "violence")}
+SHORT = {signal: f"<short {signal}>" for signal in FIRST}
+SENTENCES = (*FIRST.values(), *SHORT.values())
+KEEP = 35.0
+EPSILON = 1e-6
+LIVES = int(os.environ.get("LIVES", "10000"))
+SEED = int(os.environ.get("SEED", "0"))
+
+
+class Peers:
+    """What two peers receive: `steady` is always there, `phone` loses its connection and comes back."""
+
+    def __init__(self) -> None:
+        self.steady: list[tuple[float, Frame]] = []
+        self.refusals: list[Frame] = []
+        self.phone: dict[int, Frame] = {}  # by number: the client ignores a number that it has seen
+
+
+class World:
+    """One random life of a conversation, and a driver that reports in any order."""
+
+    def __init__(self, seed: int, module: types.ModuleType) -> None:
+        self.random = random.Random(seed)
+        self.module = module
+        self.gap = self.random.choice([0, 0.02])
+        self.now = 0.0
+        self.numbers = itertools.count(1)
+        self.core = module.Conversation(
+            FIRST,
+            SHORT,
+            lambda: next(self.numbers),
+            gap=self.gap,
+            interval=self.random.choice([self.gap, 2.5 * self.gap]),
+            keep=KEEP,
+            barge_in=self.random.random() < 0.2,
+        )
+        self.peers = Peers()
+        self.turns: list[Any] = []
+        self.reports: list[tuple[str, Any]] = []  # what the driver still has to report
+        self.rows: list[tuple[Any, str]] = []
+        self.ended: Counter[Any] = Counter()
+        self.outcomes: dict[Any, str] = {}
+        self.admits: Counter[Any] = Counter()
+        self.stores: Counter[Any] = Counter()
+        self.started: list[Any] = []
+        self.withdrawn: set[Any] = set()
+        self.sentences: list[tuple[int, str, Any]] = []
+        self.marks = 0
+        self.forgotten = False
+        self.erased = self.stopped = False
+        self.phone_away_since: float | None = None
+        self.phone_last = 0  # the number of the last frame on this connection
+        self.absences: list[tuple[float, float]] = []
+        self.urgent: set[float] = set()  # times of events that may send what is held without its gaps
+        self.perform(self.core.join("steady", 0.0))
+        self.perform(self.core.join("phone", 0.0))
+
+    # The driver
+
+    def perform(self, actions: Iterable[Any]) -> None:
+        assert not self.forgotten, "an action after Forget"
+        for action in actions:
+            match action:
+                case self.module.Send(peers, frame):
+                    self.receive(peers, frame)
+                case self.module.Ping(peers, seq):
+                    self.reports += [("pong", (peer, seq)) for peer in peers if peer == "steady" or self.chance(0.7)]
+                case self.module.Admit(turn):
+                    assert turn.phase is not self.module.Phase.WAITING
+                    self.admits[turn] += 1
+                    self.started.append(turn)
+                    self.reports.append(("admit", turn))
+                case self.module.Stop(turn):
+                    # Some reports of a stopped task come late.
+                    self.reports = [each for each in self.reports if each != ("model", turn) or self.chance(0.3)]
+                case self.module.Store(turn):
+                    assert not self.erased, "a row of an erased session"
+                    self.stores[turn] += 1
+                    self.reports.append(("store", turn))
+                case self.module.Mark():
+                    self.marks += 1
+                case self.module.Ended(turn, outcome):
+                    self.ended[turn] += 1
+                    self.outcomes[turn] = outcome
+                case self.module.Forget():
+                    self.forgotten = True
+
+    def receive(self, peers: tuple[Peer, ...], frame: Frame) -> None:
+        if frame.seq == 0:
+            assert peers == ("steady",)
+            self.peers.refusals.append(frame)
+            return
+        if "steady" in peers:
+            self.peers.steady.append((self.now, frame))
+        if "phone" in peers:
+            assert self.phone_away_since is None
+            assert frame.seq > self.phone_last, "a late peer that gets frames out of order"
+            self.phone_last = frame.seq
+            self.peers.phone[frame.seq] = frame
+        if frame.kind is self.module.Kind.COMPLETE and "steady" in peers:
+            shown = self.shown_before(frame)
+            assert any(text == shown for _, text in self.rows), "a complete before its row"
+
+    def shown_before(self, end: Frame) -> str:
+        texts: list[str] = []
+        for _, frame in reversed(self.peers.steady[:-1]):
+            if frame.kind is not self.module.Kind.CHUNK:
+                break
+            texts.insert(0, frame.text)
+        return "".join(texts)
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, and call tick() at each deadline."""
+        until = self.now + seconds
+        for _ in range(10_000):
+            deadline = self.core.deadline()
+            if deadline is None or deadline > until or self.forgotten:
+                break
+            self.now = max(self.now, deadline)
+            self.perform(self.core.tick(self.now))
+        else:
+            raise AssertionError("a deadline that never passes")
+        self.now = until
+
+    # Events
+
+    def step(self) -> None:
+        self.wait(self.random.choice([0, 0, 0.001, 0.03]))
+        event = self.random.choice([self.ask] * 4 + [self.report] * 9 + [self.cancel, self.pause, self.flap, self.end])
+        event()
+
+    def ask(self) -> None:
+        kind = self.random.choice(["plain", "plain", "explicit", "indirect", "violence", "bad"])
+        turn = self.module.Turn("steady", self.module.Utterance(f"m{len(self.turns)}."))
+        if kind == "bad":
+            turn.failure = self.module.Failure(self.module.ErrorCode.EMPTY_MESSAGE)
+        elif kind != "plain":
+            turn.signal = kind
+        if self.core._barge_in and kind != "bad":
+            self.note_withdrawn()
+        self.turns.append(turn)
+        self.urgent.add(self.now)
+        asked = len(self.peers.steady)
+        self.perform(self.core.ask(turn, self.now))
+        if kind == "explicit":
+            self.wait(2 * self.gap + EPSILON)
+            assert turn.phase is not self.module.Phase.WAITING, "an explicit signal waits"
+            quiet = turn.sentence_for is None
+            assert quiet or any(frame.text.startswith(SENTENCES) for _, frame in self.peers.steady[asked:])
+
+    def note_withdrawn(self) -> None:
+        waiting = [turn for turn in self.turns if turn.phase is self.module.Phase.WAITING]
+        self.withdrawn |= {turn for turn in waiting if not turn.signal and not turn.failure}
+
+    def cancel(self) -> None:
+        self.note_withdrawn()
+        self.urgent.add(self.now)
+        current = self.core._current
+        self.perform(self.core.cancel(self.now))
+        if current is not None:
+            self.wait(2 * self.gap + EPSILON)
+            assert self.ended[current] == 1, "a cancel that waits"
+
+    def pause(self) -> None:
+        self.wait(self.random.choice([0.02, 0.05, 0.5]))
+
+    def flap(self) -> None:
+        """Lose the phone's connection, or let it come back, always within the time that replies are kept."""
+        if self.phone_away_since is None:
+            self.phone_away_since = self.now
+            self.perform(self.core.leave("phone", self.now, said_goodbye=False))
+        else:
+            self.absences.append((self.phone_away_since, self.now))
+            self.phone_away_since, self.phone_last = None, 0
+            self.perform(self.core.join("phone", self.now))
+
+    def end(self) -> None:
+        if self.chance(0.2):
+            self.stopped = True
+            self.perform(self.core.stop(self.now))
+        elif self.chance(0.1):
+            self.erased = True
+            # What waits to be written is cancelled by the driver.
+            self.reports = [each for each in self.reports if each[0] == "pong"]
+            pending = list(self.core._unreported)
+            self.perform(self.core.erase(self.now))
+            for turn in pending:
+                self.perform(
+                    self.core.failed(turn, self.module.Failure(self.module.ErrorCode.SESSION_EXPIRED), self.now)
+                )
+
+    def report(self) -> None:
+        if self.reports:
+            self.carry_out(*self.reports.pop(self.random.randrange(len(self.reports))))
+
+    def carry_out(self, kind: str, subject: Any) -> None:
+        core, now = self.core, self.now
+        if kind == "pong":
+            peer, seq = subject
+            if peer in core.peers:
+                self.perform(core.receipt(peer, seq, now))
+        elif kind == "admit":
+            if self.chance(0.8):
+                self.perform(core.admitted(subject, now, at_risk=self.chance(0.1)))
+                if subject.phase is self.module.Phase.STREAMING:
+                    self.reports.append(("model", subject))
+            else:
+                code = self.random.choice(
+                    [
+                        self.module.ErrorCode.RATE_LIMITED,
+                        self.module.ErrorCode.SESSION_EXPIRED,
+                        self.module.ErrorCode.AI_UNAVAILABLE,
+                    ]
+                )
+                self.perform(core.failed(subject, self.module.Failure(code), now))
+        elif kind == "model":
+            self.speak(subject)
+        elif self.chance(0.85):
+            self.rows.append((subject, "".join(subject.reply.said)))
+            self.perform(core.stored(subject, now))
+        else:
+            self.perform(core.failed(subject, self.module.Failure(self.module.ErrorCode.AI_UNAVAILABLE), now))
+
+    def speak(self, turn: Any) -> None:
+        draw = self.random.random()
+        if draw < 0.55:
+            self.perform(self.core.said(turn, turn.utterance.message, self.now))
+            self.reports.append(("model", turn))
+        elif draw < 0.65:
+            self.perform(self.core.noticed(turn, self.random.choice(["explicit", "violence"]), self.now))
+            self.reports.append(("model", turn))
+        elif draw < 0.9:
+            self.perform(self.core.streamed(turn, self.now))
+        elif turn is self.core._current:
+            self.perform(self.core.failed(turn, self.module.Failure(self.module.ErrorCode.AI_UNAVAILABLE), self.now))
+
+    # The end of a life
+
+    def rest(self) -> None:
+        for _ in range(2_000):
+            if self.reports:
+                self.carry_out(*self.reports.pop(0))
+                self.wait(0.03)
+            elif not self.core.idle:
+                self.wait(0.5)
+            else:
+                break
+        assert self.core.idle
+        if self.phone_away_since is not None:
+            self.flap()
+        self.wait(5)  # What the phone has missed is sent with gaps.
+        for peer in ("steady", "phone"):
+            assert not self.forgotten, "forgotten with peers"
+            self.perform(self.core.leave(peer, self.now, said_goodbye=True))
+        if not self.forgotten:
+            self.wait(KEEP + 1)
+        assert self.forgotten, "never forgotten"
+
+    def check(self) -> None:
+        frames = [frame for _, frame in self.peers.steady]
+        replies = split_replies(frames)
+        self.check_replies(replies)
+        self.check_turns(len(replies))
+        self.check_rows(replies)
+        self.check_gaps()
+        self.check_phone(frames)
+        self.check_sentences()
+
+    def check_replies(self, replies: list[list[Frame]]) -> None:
+        numbers = [frame.seq for reply in replies for frame in reply]
+        assert numbers == sorted(set(numbers)), "numbers that do not grow"
+        for reply in replies:
+            kinds = [frame.kind for frame in reply]
+            assert kinds[-1].ends
+            if len(kinds) > 1:
+                assert kinds[0] is self.module.Kind.BEGIN
+                assert set(kinds[1:-1]) <= {self.module.Kind.CHUNK}
+                assert self.module.Kind.CHUNK in kinds or kinds[-1] is self.module.Kind.ERROR
+            else:
+                assert kinds[0] is not self.module.Kind.COMPLETE, "a whole reply without text"
+            words = "".join(frame.text for frame in reply)
+            for sentence in SENTENCES:
+                words = words.replace(sentence, "")
+            spoken = {word.strip() for word in words.split(".")} - {""}
+            assert len(spoken) <= 1, "two replies are mixed"
+
+    def check_turns(self, replies: int) -> None:
+        done = [turn for turn in self.turns if turn not in self.withdrawn]
+        assert all(turn.phase is self.module.Phase.DONE for turn in self.turns)
+        assert [self.ended[turn] for turn in done] == [1] * len(done), "a turn that does not end once"
+        assert not any(self.ended[turn] for turn in self.withdrawn)
+        assert replies + len(self.peers.refusals) == len(done)
+        assert all(count == 1 for count in self.admits.values())
+        for turn in self.turns:
+            if turn.signal and turn.detected_by == "words":
+                assert self.outcomes[turn] in ("complete", "interrupted"), "an error after a signal"
+                assert turn.reply.said, "a signal without a sentence or an answer"
+                if turn.sentence_for == turn.signal and not turn.failure:
+                    assert any(text.strip().startswith(SENTENCES) for text in turn.reply.said)
+
+    def check_rows(self, replies: list[list[Frame]]) -> None:
+        shown = Counter("".join(frame.text for frame in reply) for reply in replies)
+        assert not Counter(text for _, text in self.rows) - shown, "a row that was not shown"
+        assert all(count == 1 for count in self.stores.values()), "a row that is stored twice"
+        for turn in self.turns:
+            if turn.admitted and turn.reply.said and not self.erased and self.outcomes[turn] != "ai_unavailable":
+                assert self.stores[turn], "a reply that was shown and is not stored"
+            if turn.admitted is False:
+                assert not self.stores[turn], "a row beyond the rate"
+
+    def check_gaps(self) -> None:
+        for (before, _), (after, frame) in itertools.pairwise(self.peers.steady):
+            if frame.kind is not self.module.Kind.BEGIN and after not in self.urgent:
+                assert after - before >= self.gap - EPSILON, "two frames of a reply within the gap"
+
+    def check_phone(self, frames: list[Frame]) -> None:
+        assert all(frame in frames for frame in self.peers.phone.values())
+        times = {frame.seq: time for time, frame in self.peers.steady}
+        for reply in split_replies(frames):
+            begun, ended = times[reply[0].seq], times[reply[-1].seq]
+            away = any(left <= begun and ended <= returned for left, returned in self.absences)
+            if not away and not self.erased:
+                missed = [frame for frame in reply if frame.seq not in self.peers.phone]
+                assert not missed, "a reply that the phone lost"
+
+    def check_sentences(self) -> None:
+        told: dict[str, int] = {}  # the number of the turn that last had the sentence of a signal
+        for number, turn in enumerate(self.started):
+            texts = [text.strip() for text in turn.reply.said if text.strip().startswith(SENTENCES)]
+            if (signal := turn.sentence_for) is None:
+                assert not texts
+                continue
+            before = [told[other] for other in bemore.conversation.COVERED_BY[signal] if other in told]
+            assert texts == [(SHORT if before else FIRST)[signal]]
+            if before and number - max(before) <= 2:
+                assert turn.failure or self.outcomes[turn] == "interrupted", "a sentence in every turn"
+            told[signal] = number
+        assert self.marks <= 1
+        assert self.marks or not told or self.core.at_risk
+
+
+def split_replies(frames: list[Frame]) -> list[list[Frame]]:
+    replies: list[list[Frame]] = [[]]
+    for frame in frames:
+        replies[-1].append(frame)
+        if frame.kind.ends:
+            replies.append([])
+    assert not replies[-1], "a reply without an end"
+    return replies[:-1]
+
+
+def live(seed: int, module: types.ModuleType = bemore.conversation) -> Counter[str]:
+    world = World(seed, module)
+    for _ in range(world.random.randint(5, 40)):
+        world.step()
+    world.rest()
+    world.check()
+    return Counter(world.outcomes.values())
+
+
+def test_random_lives_keep_every_rule() -> None:
+    """Every seed is one life; a failure names the seed, and `SEED=n LIVES=1` repeats it."""
+    outcomes: Counter[str] = Counter()
+    for seed in range(SEED, SEED + LIVES):
+        try:
+            outcomes += live(seed)
+        except BaseException as error:
+            raise AssertionError(f"seed {seed}: {error!r}") from error
+    if LIVES >= 100:
+        assert set(outcomes) >= {"complete", "interrupted", "rate_limited", "session_expired", "ai_unavailable"}
+
+
+# Mistakes that the random lives must find
+
+PLANTED = {
+    "text after the end": (
+        "if turn.phase is not Phase.STREAMING or not turn.room or not text:",
+        "if not turn.room or not text:",
+    ),
+    "an explicit signal that waits": (
+        "            self._interrupt()\n            self._outbox.hurry(now, unless=1)",
+        "            self._outbox.hurry(now, unless=1)",
+    ),
+    "a helpline sentence that waits for the chunk interval": ("sentence, urgent=True)", "sentence)"),
+    "a cancel that drops a signal": ("if turn.signal or turn.failure:\n", "if turn.failure:\n"),
+    "a row that is stored twice": ("        if not storing:\n", "        if True:\n"),
+    "a failure of a turn that is over": (
+        "        if turn is self._current:\n            self._fail",
+        "        if True:\n            self._fail",
+    ),
+    "a complete before the row": (
+        "self._store_when_shown(turn)\n            else:\n                self._fail(turn, NO_TEXT)",
+        "self._end(turn, Kind.COMPLETE)\n            else:\n                self._fail(turn, NO_TEXT)",
+    ),
+    "an error after a signal": (
+        "        if turn.signal:\n            if turn.sentence_for",
+        "        if False:\n            if turn.sentence_for",
+    ),
+    "a row beyond the rate": ("if turn.reply.said and turn.admitted and", "if turn.reply.said and"),
+    "a row of an erased session": (
+        " and self._closed is not ERASED:\n            self._unreported",
+        ":\n            self._unreported",
+    ),
+    "a sentence in every turn": ("if any(quiet) and not always:", "if False:"),
+    "a session that is forgotten with its peers": (
+        "not self._outbox.keeps(now) and not self.peers and",
+        "not self._outbox.keeps(now) and",
+    ),
+    "an interrupted reply without a row": ("        if not storing:\n", "        if False:\n"),
+    "a lost peer that is not counted": (
+        "reply.lost, reply.expires_at = reply.lost + 1, now",
+        "reply.lost, reply.expires_at = reply.lost, now",
+    ),
+    "a late peer that gets new frames first": (
+        "        if self._behind:\n            peers = tuple",
+        "        if False:\n            peers = tuple",
+    ),
+    "no gap between frames": (
+        "        self._due = now + self._gap\n        if kind",
+        "        self._due = now\n        if kind",
+    ),
+    "a sentence that an interruption drops": (
+        "kept = [item for item in items if item.urgent]",
+        "kept: list[Held] = []",
+    ),
+    "a receipt that proves every reply": ("if reply.ended and reply.frames[-1].seq <= seq:", "if True:"),
+    "missed frames that nothing sends": ("        if self._behind:\n            return self._due\n", ""),
+}
+
+
+def with_mistake(before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Return the conversation, and the outbox below it, with one piece of their source replaced."""
+    folder = Path(bemore.conversation.__file__).parent
+    sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in ("outbox", "conversation")}
+    assert sum(source.count(before) for source in sources.values()) == 1, before
+    for name, source in sources.items():
+        module = types.ModuleType(f"planted_{name}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        text = source.replace(before, after).replace("bemore.outbox", "planted_outbox")
+        exec(compile(text, f"{name} with a mistake", "exec"), module.__dict__)
+    return sys.modules["planted_conversation"]
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_planted_mistake_is_found_within_100_lives(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = with_mistake(*PLANTED[mistake], monkeypatch)
+
+    def hundred_lives() -> None:
+        for seed in range(100):
+            live(seed, module)
+
+    # An assertion of the core, or an error that the mistake causes, counts as well as an assertion of the test.
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        hundred_lives()
