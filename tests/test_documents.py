@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -15,13 +16,13 @@ import pytest
 import yaml
 from aiohttp import WSCloseCode
 from aiohttp.test_utils import make_mocked_request
-from bemore.api import HTTP_ERRORS
 from documents import DOCUMENTS, ROOT, blocks, names, prose, rows, section, tables, text_of_file
 from dotenv import dotenv_values
 from jsonschema import Draft202012Validator
 from playwright.async_api import async_playwright
 from support import SECRET, Client, ScriptedCounsellor, Server, make_settings, serve, token_for
 
+from bemore.api import HTTP_ERRORS
 from bemore.counsellor import Emotion, Failed
 from bemore.demo import Demo
 from bemore.settings import Settings, read_settings
@@ -270,9 +271,10 @@ async def close_code_at_erasure() -> int | None:
         await client.ask()
         await client.reply()
         await client.silent()  # the ping behind the reply is answered
-        async with server.http.delete(f"{server.url}/api/sessions/가") as response:
-            assert response.status == 204
-        return await client.closed()
+        deletion = server.http.delete(f"{server.url}/api/sessions/가")
+        response, code = await asyncio.gather(deletion, client.closed())
+        assert response.status == 204
+        return code
 
 
 async def close_code_of_a_large_frame() -> int | None:
