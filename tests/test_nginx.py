@@ -455,12 +455,19 @@ async def test_erasing_reaches_the_replica_that_streams(gemini: GeminiStandIn, t
     async with two_replicas() as site:
         people = await site.people()
         await begin_to_talk(people, model)
-        for person in people:
+
+        async def erase(person: Person) -> None:
             async with site.http.delete(f"{site.url}/api/sessions/{person.session_id}") as response:
                 assert response.status == 204
-        for answer in await asyncio.gather(*(person.answer([]) for person in people)):
-            assert kinds_of(answer) == ["complete"]
-            assert answer[0]["interrupted"]
+
+        async def ending(person: Person) -> None:
+            frame = await person.next_frame()
+            assert frame is not None
+            assert (frame["type"], frame["interrupted"]) == ("ai_stream_complete", True)
+            assert await person.next_frame() is None
+
+        await asyncio.gather(*map(erase, people), *map(ending, people))
+        assert {code for person in people for code in person.codes} == {WSCloseCode.OK}
 
 
 async def test_client_cannot_forge_its_address_or_scheme(gemini: GeminiStandIn, two_replicas: TwoReplicas) -> None:
