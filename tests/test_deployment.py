@@ -282,6 +282,19 @@ async def test_sqlite_backup_of_a_running_server_is_restored(part: str, tmp_path
     (tmp_path / "backup.db").unlink()
 
 
+async def test_operator_erases_a_session_while_the_server_runs(tmp_path: Path) -> None:
+    [command] = [
+        block for block in blocks(DEPLOYMENT, "sh") if block.startswith(".venv/bin/python bemore_voice.py --er")
+    ]
+    for place, here in {".venv/bin/python": sys.executable, MODULE.name: str(MODULE), "SESSION_ID": "s"}.items():
+        command = command.replace(place, here)
+    async with started(tmp_path) as program:
+        await say_once(program)
+        await shell(command, tmp_path)
+        assert await turns_of(program) == []
+        await stop(program)
+
+
 async def test_postgres_backup_is_restored(tmp_path: Path, postgres_url: str, postgres_server: PostgresServer) -> None:
     environment = {"DATABASE_URL": postgres_url, "PATH": f"{postgres_server.bin_path}:{os.environ['PATH']}"}
     settings = {"DATABASE_URL": postgres_url, "DEMO_MODE": 1, "AUTO_CREATE_SESSIONS": 1}
