@@ -158,6 +158,7 @@ class Visit:
 
     async def asked(self, count: int) -> list[str]:
         """Wait until so many requests were sent, and return their messages."""
+
         def requests() -> list[dict[str, Any]]:
             return [frame for frame in self.sent if frame["type"] == "request_ai_response"]
 
@@ -206,7 +207,9 @@ async def visiting(
             yield visit
         finally:
             await context.close()
-    elsewhere = [url for url in visit.requests if not re.match(rf"(http|ws)://127.0.0.1:{visit.wire.port}/|data:|blob:", url)]
+    elsewhere = [
+        url for url in visit.requests if not re.match(rf"(http|ws)://127.0.0.1:{visit.wire.port}/|data:|blob:", url)
+    ]
     assert not elsewhere
     errors = [error for error in visit.errors if not (network_errors and re.search("ERR_|WebSocket|status of", error))]
     assert not errors

@@ -111,7 +111,9 @@ async def test_a_message_during_a_reply_waits_and_cuts_nothing(visit: Visit, cou
 
 async def test_a_reply_that_began_at_the_same_moment_stays(visit: Visit, counsellor: ScriptedCounsellor) -> None:
     """The person adds words while the first text of a reply, here a helpline sentence, is on its way."""
-    await visit.page.evaluate("() => { window.plain = receive; window.late = []; receive = (frame) => late.push(frame); }")
+    await visit.page.evaluate(
+        "() => { window.plain = receive; window.late = []; receive = (frame) => late.push(frame); }"
+    )
     counsellor.expect().say("109, 일공구로 전화해 주세요. ")
     await visit.write("첫 번째로 하는 말")
     await visit.until("late.some(({ type }) => type === 'ai_stream_chunk')", True)
