@@ -49,7 +49,7 @@ async def test_turns_stay_and_the_newest_is_at_the_bottom(still: Visit) -> None:
     for number in range(12):
         await still.write(f"{number}번째로 하는 말")
         await still.replied(f"들은 말: {number}번째로 하는 말")
-    await still.run(60_000)
+    await still.wait(60)
     await expect(still[".mine"]).to_have_text([f"{number}번째로 하는 말" for number in range(12)])
     await expect(still[f"{LAST} .theirs"]).to_be_in_viewport(ratio=1)
     tops = "[...document.querySelectorAll('.mine, .theirs')].map((bubble) => bubble.getBoundingClientRect().top)"
@@ -111,9 +111,7 @@ async def test_a_message_during_a_reply_waits_and_cuts_nothing(visit: Visit, cou
 
 async def test_a_reply_that_began_at_the_same_moment_stays(visit: Visit, counsellor: ScriptedCounsellor) -> None:
     """The person adds words while the first text of a reply, here a helpline sentence, is on its way."""
-    await visit.page.evaluate(
-        "() => { window.plain = receive; window.late = []; receive = (frame) => late.push(frame); }"
-    )
+    await visit.page.evaluate("() => { window.plain = receive; window.late = []; receive = (frame) => late.push(frame); }")
     counsellor.expect().say("109, 일공구로 전화해 주세요. ")
     await visit.write("첫 번째로 하는 말")
     await visit.until("late.some(({ type }) => type === 'ai_stream_chunk')", True)
@@ -206,13 +204,16 @@ async def test_a_failing_model_is_said_with_a_way_to_ask_again(visit: Visit, cou
 
 
 async def test_a_reply_of_which_nothing_comes_is_given_up(still: Visit, counsellor: ScriptedCounsellor) -> None:
-    counsellor.expect()
+    talk = counsellor.expect()
     await still.write(CANARY)
-    for _ in range(10):
-        await still.state("생각 중")
-        await still.run(4_000)
-        await still.until("pings", 0)  # the connection works
+    await still.wait(36)
+    await still.state("생각 중")
+    await still.wait(4)
     await expect(still[".note span"]).to_have_text("답을 받지 못했습니다.")
+    talk.say("늦은 답이에요.").end()
+    await still.replied("늦은 답이에요.")
+    await expect(still[".mine"]).to_have_text([CANARY])
+    await expect(still[".note"]).to_be_hidden()
 
 
 async def test_the_rate_is_said_with_the_wait(browser: Browser, tmp_path: Path) -> None:
