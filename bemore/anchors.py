@@ -59,21 +59,21 @@ STRONG = """
 일어나지않았으면 잠들고싶~ 영원히자 영원히잠 영영자 영영잠 태어나지말 태어나지않 태어난게 따라가고싶~ 따라갈 따라가려
 내가없어 내가없으 제가없으 나만없으 저만없으 나하나없 저하나없 나같은건 나같은거 나를해치 저를해치 내몸에상처 상처를내
 상처내 심장이멈 심장이멎 숨이멈 숨을멈 숨이멎 숨쉬기싫 끝내고싶~ 모든걸끝 죽이고싶~ 죽일거 죽일생각 찔러 찌르고 찌를
-칼들고 칼을들 칼을품 해치고 해칠 불지르 불을지르 불질러 없애버 패죽 때려죽 가만안 가만두지 죽이려 죽일 쏴버 쏘고싶~
-죽이러 ㅈㄱ싶~ ㅈㄱㅅㄷ ㅈㄱㅍㄷ ㄷㅈㄱㅅ ㄷㅈ고 ㄷㅈ야 ㅂㄱㅌ ㅁㅁㄷ ㅅㅁㅈ ㅈ살 ㅈr살 ㅈr해 자s살 자sal 자쌀 차살
-자삵 살자거꾸로 살자를거꾸로 거꾸로살자 듁고싶~ 듀글래 듁을 줅고싶~ 줗고싶~ 죽0싶~ 주꺼야 쭉고싶~ 죽고정 극단선택 극선
-요단강 삼도천 이승탈 언얼라이브 오버도즈 인생로그아웃 이승로그아웃 인생종료 한강수온 한강물온도 한강온도 뛰내
-wanttodie wannadie killmyself killingmyself suicide suicidal endmylife endingmylife unalive selfharm hurtmyself
-hurtingmyself cutmyself cuttingmyself donotwanttolive dontwanttolive donotwanttobealive dontwanttobealive
-betteroffdead betteroffwithoutme jasal jukgo juggo jugeul jukgeo samanghago kms할 kms하
+칼을품 해치고 해칠 불지르 불을지르 불질러 없애버 패죽 때려죽 가만안 가만두지 죽이려 죽일 쏴버 쏘고싶~ 죽이러 ㅈㄱ싶~
+ㅈㄱㅅㄷ ㅈㄱㅍㄷ ㄷㅈㄱㅅ ㄷㅈ고 ㄷㅈ야 ㅂㄱㅌ ㅁㅁㄷ ㅅㅁㅈ ㅈ살 ㅈr살 ㅈr해 자s살 자sal 자쌀 차살 자삵 살자거꾸로
+살자를거꾸로 거꾸로살자 듁고싶~ 듀글래 듁을 줅고싶~ 줗고싶~ 죽0싶~ 주꺼야 쭉고싶~ 죽고정 극단선택 극선 요단강 삼도천
+이승탈 언얼라이브 오버도즈 인생로그아웃 이승로그아웃 인생종료 한강수온 한강물온도 한강온도 뛰내 wanttodie wannadie
+killmyself killingmyself suicide suicidal endmylife endingmylife unalive selfharm hurtmyself hurtingmyself cutmyself
+cuttingmyself donotwanttolive dontwanttolive donotwanttobealive dontwanttobealive betteroffdead betteroffwithoutme
+jasal jukgo juggo jugeul jukgeo samanghago kms할 kms하
 """
 WEAK = """
-죽자 농약 제초제 쥐약 락스 절벽 저수지 선로 철로 수면제 한강다리 죽 주거 죽고 죽을 죽는 죽지 죽음 죽기전 사는게 사는거
-사는것 사는이유 왜사는 살기 더살 끝내 끝낼 약을 약먹 알약 마지막 버티 버틸 못버 칼을 칼로 칼이 커터칼 떠나고싶~ 먼저갈
-먼저가 세상을떠나 세상떠나 하늘나라 저승 곁으로 뒤따라 유언 영정 안락사 보험금 그만하고싶~ 사라지 사라지면 사라졌으면
-사라질 없어지면 없어졌으면 없어져야 없어질 세상에없 나없이 나없어도 피가 다리위 강물 바다에 물에 베란다 창틀 창문열
-창밖 뛰어들 한강에 한강가 꼭대기 벼랑 밧줄 끈 벨트 라이터 허벅지 찌르 목을 목에 목졸 목을졸 팔에 시도 편해질 짐만
-날때까지 들어가고싶~ 한꺼번에먹 한움큼 벽에박
+죽자 농약 제초제 쥐약 락스 절벽 저수지 선로 철로 수면제 한강다리 칼들고 칼을들 죽 주거 죽고 죽을 죽는 죽지 죽음 죽기전
+사는게 사는거 사는것 사는이유 왜사는 살기 더살 끝내 끝낼 약을 약먹 알약 마지막 버티 버틸 못버 칼을 칼로 칼이 커터칼
+떠나고싶~ 먼저갈 먼저가 세상을떠나 세상떠나 하늘나라 저승 곁으로 뒤따라 유언 영정 안락사 보험금 그만하고싶~ 사라지
+사라지면 사라졌으면 사라질 없어지면 없어졌으면 없어져야 없어질 세상에없 나없이 나없어도 피가 다리위 강물 바다에 물에
+베란다 창틀 창문열 창밖 뛰어들 한강에 한강가 꼭대기 벼랑 밧줄 끈 벨트 라이터 허벅지 찌르 목을 목에 목졸 목을졸 팔에
+시도 편해질 짐만 날때까지 들어가고싶~ 한꺼번에먹 한움큼 벽에박
 """
 
 

@@ -162,7 +162,7 @@ ZERO = 128
 THRESHOLDS = {
     Signal.EXPLICIT: (3.2, 0.8, -0.5),
     Signal.INDIRECT: (3.6, 2.0, 0.6),
-    Signal.VIOLENCE: (1.5, 0.0, -0.3),
+    Signal.VIOLENCE: (2.2, 0.6, 0.3),
 }
 LEAST = min(itertools.chain(*THRESHOLDS.values()))
 # A part of a message must score more than a whole message, because a long message has many parts.
