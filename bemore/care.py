@@ -164,7 +164,8 @@ THRESHOLDS = {
     Signal.INDIRECT: (3.6, 2.0, 0.6),
     Signal.VIOLENCE: (2.2, 0.6, 0.3),
 }
-LEAST = min(itertools.chain(*THRESHOLDS.values()))
+# What a window must pass to be a signal of any kind, by the tier of its anchors.
+LEAST = [min(thresholds[tier] for thresholds in THRESHOLDS.values()) for tier in Tier]
 # A part of a message must score more than a whole message, because a long message has many parts.
 OF_A_PART = 1.3
 LATIN = re.compile("[a-z]")
@@ -251,26 +252,22 @@ class Detector:
     def judgements(self, message: str) -> Iterator[Judgement]:
         """Yield the windows of a message that raise a signal."""
         runs = runs_of(message)
-        risk, rest = Scores(self.risk, runs), None
+        risk = Scores(self.risk, runs)
+        # Needed for few messages, and therefore made at the first window that asks for them.
+        anchors, kinds = None, None
         for start, end in windows(runs.text):
-            score = risk.of(start, end)
-            if score > LEAST:
-                rest = rest or (Anchors(runs), Scores(self.violence, runs), Scores(self.explicit, runs))
-                signal, threshold = self._threshold(runs.text, start, end, *rest)
-                if score > threshold:
-                    yield Judgement(signal, score - threshold, start, end)
-
-    @staticmethod
-    def _threshold(
-        text: str, start: int, end: int, anchors: Anchors, violence: Scores, explicit: Scores
-    ) -> tuple[Signal, float]:
-        """Return what a window would be a signal of, and the score that it must pass."""
-        own = Signal.EXPLICIT if explicit.of(start, end) > 0 else Signal.INDIRECT
-        signal = Signal.VIOLENCE if violence.of(start, end) > 0 else own
-        tier = anchors.tier(start, end)
-        if tier is Tier.NONE and mostly_latin(text[start:end]):
-            return signal, math.inf
-        return signal, THRESHOLDS[signal][tier] + (0 if end - start == len(text) else OF_A_PART)
+            score = risk.of(start, end) - (0 if end - start == len(runs.text) else OF_A_PART)
+            if score <= min(LEAST):
+                continue
+            anchors = anchors or Anchors(runs)
+            tier = anchors.tier(start, end)
+            if score <= LEAST[tier] or (tier is Tier.NONE and mostly_latin(runs.text[start:end])):
+                continue
+            kinds = kinds or (Scores(self.violence, runs), Scores(self.explicit, runs))
+            violence, explicit = (scores.of(start, end) > 0 for scores in kinds)
+            signal = Signal.VIOLENCE if violence else Signal.EXPLICIT if explicit else Signal.INDIRECT
+            if score > THRESHOLDS[signal][tier]:
+                yield Judgement(signal, score - THRESHOLDS[signal][tier], start, end)
 
     def signal_in(self, message: str) -> Signal | None:
         return most_urgent(self.judgements(message))
