@@ -22,7 +22,6 @@ from jsonschema import Draft202012Validator
 from playwright.async_api import async_playwright
 from support import SECRET, Frontend, ScriptedCounsellor, Server, make_settings, serve, token_for
 
-from bemore.api import HTTP_ERRORS
 from bemore.counsellor import Emotion, Failed
 from bemore.demo import Demo
 from bemore.refusals import HTTP_ERRORS
