@@ -224,10 +224,10 @@ class Storage(ABC):
         """Mark the session as at risk for as long as it exists. An unknown session has nothing to mark."""
         await self.fetch(MARK_AT_RISK, session_id, create=create)
 
-    async def add_turn(self, session_id: str, turn: NewTurn) -> None:
+    async def add_turn(self, session_id: str, turn: NewTurn, *, create: bool = False) -> None:
         """Store a turn once, however often this is called."""
         values = (turn.user_message, turn.ai_response, turn.emotion, turn.timestamp)
-        stored = await self.fetch(ADD_TURN, session_id, turn.key, *values)
+        stored = await self.fetch(ADD_TURN, session_id, turn.key, *values, create=create)
         if not (stored or await self.fetch(FIND_TURN, session_id, turn.key)):
             raise UnknownSession
 
