@@ -23,7 +23,6 @@ from support import (
     Wire,
     kinds_of,
     make_settings,
-    send_together,
     serve,
     started,
 )
@@ -239,7 +238,7 @@ async def test_cancels_past_any_rate_cost_no_connection(counsellor: ScriptedCoun
         before = await pids()
         for number in range(10):
             async with server.connect(f"cancelling {number}") as client:
-                await send_together(client, *[request, cancel] * 25)
+                await client.send_together(*[request, cancel] * 25)
                 await other.ask()
                 assert kinds_of(await other.reply())[-1] in ("complete", "error")  # past its rate, for the last ones
                 assert kinds_of(await client.reply())[-1] == "complete"

@@ -17,7 +17,7 @@ import pytest
 from aiohttp import WSCloseCode, web
 from aiohttp.test_utils import unused_port
 from standin import GeminiStandIn, event
-from support import CANARY, ENDS, SECRET, Client, Program, hear, is_listening, kinds_of, logged, started, text_of
+from support import CANARY, ENDS, SECRET, Frontend, Program, hear, is_listening, kinds_of, logged, started, text_of
 from tools import PATIENCE, until
 
 DEPLOYMENT = Path(__file__).parent.parent / "docs" / "deployment.md"
@@ -171,7 +171,7 @@ class Person:
     def __init__(self, site: Site, session_id: str) -> None:
         self.site = site
         self.session_id = session_id
-        self.client: Client | None = None
+        self.client: Frontend | None = None
         self.last_seq = 0
         self.codes: list[int | None] = []  # with which sockets were closed
         self.asked_again = 0
@@ -183,7 +183,7 @@ class Person:
         async with asyncio.timeout(PATIENCE):
             while True:
                 with contextlib.suppress(aiohttp.ClientError):  # nginx' 502 too
-                    self.client = await Client(self.site.http, url).open()
+                    self.client = await Frontend(self.site.http, url).open()
                     return
                 await asyncio.sleep(0.05)
 
@@ -464,7 +464,7 @@ async def test_the_headers_of_the_handshake_get_through(
             {"headers": {"Origin": site.url}, "params": {"token": token}},
         ]
         for option in options:
-            client = await Client(site.http, url, **option).open()
+            client = await Frontend(site.http, url, **option).open()
             await client.silent()
             await client.ask(CANARY)
             assert text_of(await client.reply()) == REPLY
