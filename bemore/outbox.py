@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum, auto
+from enum import Enum, StrEnum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,15 +45,16 @@ class Failure(Exception):
 
 
 class Kind(Enum):
-    BEGIN = auto()
-    CHUNK = auto()
-    COMPLETE = auto()
-    INTERRUPTED = auto()  # a complete with the mark `interrupted`
-    ERROR = auto()
+    """The kinds of frames; `ends` tells whether a frame of this kind is the last one of its reply."""
 
-    @property
-    def ends(self) -> bool:
-        return self in (Kind.COMPLETE, Kind.INTERRUPTED, Kind.ERROR)
+    BEGIN = 1, False
+    CHUNK = 2, False
+    COMPLETE = 3, True
+    INTERRUPTED = 4, True  # a complete with the mark `interrupted`
+    ERROR = 5, True
+
+    def __init__(self, _: int, ends: bool) -> None:
+        self.ends = ends
 
 
 class Frame(NamedTuple):

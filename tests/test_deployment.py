@@ -1,6 +1,7 @@
 """The kit of deployment: uv, the image, compose.yaml, the systemd unit, and the commands of docs/deployment.md."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -140,11 +141,12 @@ def copy_into(image: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         elif name == "COPY":
             *sources, target = rest.split()
-            for source in sources:
-                whole = ROOT / source
+            found = {source: list(ROOT.glob(source.rstrip("/"))) for source in sources}
+            assert all(found.values()), found
+            for whole in itertools.chain(*found.values()):
                 files = [whole] if whole.is_file() else [path for path in whole.rglob("*") if path.is_file()]
                 files = [path for path in files if not is_ignored(path.relative_to(ROOT).as_posix())]
-                assert files, f"{source} would not be found"
+                assert files, f"{whole} would not be found"
                 for path in files:
                     copy = folder / target / (path.name if whole.is_file() else path.relative_to(whole))
                     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +175,7 @@ async def test_what_the_dockerfile_copies_runs_by_itself(tmp_path: Path) -> None
     command = json.loads(told["CMD"].replace("/app/", f"{tmp_path}/image/app/"))  # no shell between it and a SIGTERM
     check = json.loads(told["HEALTHCHECK"].partition("CMD ")[2])
     assert command[0] == check[0] == "python"
+    assert "'/livez'" in check[-1], "a restart in an outage of the database would take the helpline away"
     async with started(data, (sys.executable, *command[1:]), **environment) as program, asyncio.timeout(PATIENCE):
         environment["PORT"] = str(program.port)
         status, told_by_check = await run(sys.executable, *check[1:], folder=data, **environment)
@@ -277,6 +280,19 @@ async def test_sqlite_backup_of_a_running_server_is_restored(part: str, tmp_path
         copy.execute("DELETE FROM conversations")  # what was said lies in no file after a test
     copy.close()
     (tmp_path / "backup.db").unlink()
+
+
+async def test_operator_erases_a_session_while_the_server_runs(tmp_path: Path) -> None:
+    [command] = [
+        block for block in blocks(DEPLOYMENT, "sh") if block.startswith(".venv/bin/python bemore_voice.py --er")
+    ]
+    for place, here in {".venv/bin/python": sys.executable, MODULE.name: str(MODULE), "SESSION_ID": "s"}.items():
+        command = command.replace(place, here)
+    async with started(tmp_path) as program:
+        await say_once(program)
+        await shell(command, tmp_path)
+        assert await turns_of(program) == []
+        await stop(program)
 
 
 async def test_postgres_backup_is_restored(tmp_path: Path, postgres_url: str, postgres_server: PostgresServer) -> None:

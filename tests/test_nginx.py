@@ -1,13 +1,17 @@
-"""Two replicas on one Postgres behind a real nginx, by the very block that docs/deployment.md shows."""
+"""This server behind a real nginx, by the very blocks that docs/deployment.md and docs/frontend.md show."""
 
 import asyncio
 import contextlib
 import getpass
+import io
 import itertools
 import os
 import re
 import shutil
 import signal
+import ssl
+import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,25 @@ import aiohttp
 import pytest
 from aiohttp import WSCloseCode, web
 from aiohttp.test_utils import unused_port
+from documents import block_with, blocks, text_of_file
 from standin import GeminiStandIn, event
-from support import CANARY, ENDS, SECRET, Frontend, Program, hear, is_listening, kinds_of, logged, started, text_of
+from support import (
+    CANARY,
+    ENDS,
+    SECRET,
+    Frontend,
+    Program,
+    hear,
+    is_listening,
+    kinds_of,
+    logged,
+    started,
+    text_of,
+    token_for,
+)
 from tools import PATIENCE, until
 
-DEPLOYMENT = Path(__file__).parent.parent / "docs" / "deployment.md"
+DEPLOYMENT, FRONTEND = text_of_file("docs/deployment.md"), text_of_file("docs/frontend.md")
 PEOPLE = 20
 REPLY = "네, 듣고 있어요."
 
@@ -43,26 +61,54 @@ http {{
 """
 
 
-def block_of_the_documents(replacements: dict[str, str]) -> str:
-    """The block, with what must differ here replaced: each exactly once."""
-    found = re.search(r"```nginx\n(.*?)```", DEPLOYMENT.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    block = found[1]
-    for shown, here in replacements.items():
+def program_of(name: str) -> str:
+    program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        assert not os.environ.get("CI"), f"{name} is missing"
+        pytest.skip(f"{name} is not installed")
+    return program
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with fullchain.pem and privkey.pem for 127.0.0.1, as certbot names them."""
+    folder = tmp_path_factory.mktemp("certificate")
+    names = ("-keyout", folder / "privkey.pem", "-out", folder / "fullchain.pem")
+    kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=test")
+    command = (program_of("openssl"), "req", "-x509", *kind, "-addext", "subjectAltName=IP:127.0.0.1", *names)
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def write_conf(folder: Path, block: str, certificate: Path, replacements: dict[str, str]) -> Path:
+    """Write nginx.conf with a block of the documents: what must differ here is replaced, each exactly once."""
+    live = re.findall(r"/etc/letsencrypt/live/[\w.]+", block)
+    assert len(live) == 2
+    block = block.replace(live[0], str(certificate))
+    for shown, here in {"/var/log/nginx/voice.log": f"{folder}/error.log", **replacements}.items():
         assert block.count(shown) == 1, shown
         block = block.replace(shown, here)
-    return block
+    conf = folder / "nginx.conf"
+    conf.write_text(AROUND.format(folder=folder, user=getpass.getuser(), block=block))
+    return conf
 
 
 class Site:
-    """Replicas, and the address at which nginx answers for them."""
+    """What nginx serves at an address, and the people who visit it."""
 
-    def __init__(self, replicas: list[Program], port: int) -> None:
+    def __init__(self, replicas: list[Program], port: int, certificate: Path) -> None:
         self.replicas = replicas
-        self.url = f"http://127.0.0.1:{port}"
-        self.address = ("127.0.0.1", port)
-        self.http = aiohttp.ClientSession()
+        self.port, self.plain_port = port, unused_port()
+        self.url = f"https://127.0.0.1:{port}"
+        self.plain_url = f"http://127.0.0.1:{self.plain_port}"
+        self._tls = ssl.create_default_context(cafile=certificate / "fullchain.pem")
+        self.http = self.visitor("127.0.0.1")
         self._people: list[Person] = []
+
+    def visitor(self, address: str) -> aiohttp.ClientSession:
+        """Return an HTTP client that comes from an address."""
+        connector = aiohttp.TCPConnector(ssl=self._tls, local_addr=(address, 0))
+        return aiohttp.ClientSession(connector=connector)
 
     async def new_session(self) -> str:
         async with self.http.post(f"{self.url}/api/sessions") as response:
@@ -75,40 +121,25 @@ class Site:
         await asyncio.gather(*(person.connect() for person in people))
         return people
 
-    async def close(self) -> None:
-        await asyncio.gather(*(person.client.ws.close() for person in self._people if person.client is not None))
+    async def aclose(self) -> None:
+        await asyncio.gather(*(person.client.close() for person in self._people))
         await self.http.close()
 
 
 @contextlib.asynccontextmanager
-async def behind_nginx(folder: Path, *replicas: Program) -> AsyncIterator[Site]:
-    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        assert not os.environ.get("CI"), "nginx is missing"
-        pytest.skip("nginx is not installed")
-    site = Site(list(replicas), unused_port())
-    block = block_of_the_documents(
-        {
-            "10.0.0.1:8000": f"127.0.0.1:{replicas[0].port}",
-            "10.0.0.2:8000": f"127.0.0.1:{replicas[1].port}",
-            "listen 443 ssl;": f"listen 127.0.0.1:{site.address[1]};",
-            "/var/log/nginx/voice.log": f"{folder}/error.log",
-        }
-    )
-    conf = folder / "nginx.conf"
-    conf.write_text(AROUND.format(folder=folder, user=getpass.getuser(), block=block))
-    start_log = folder / "start.log"  # of what goes wrong before the block's own log is open
-    process = await asyncio.create_subprocess_exec(program, "-p", folder, "-c", conf, "-e", start_log)
+async def running_nginx(folder: Path, conf: Path, port: int) -> AsyncIterator[None]:
+    # What goes wrong before the block's own log is open stands in start.log.
+    command = (program_of("nginx"), "-p", folder, "-c", conf, "-e", folder / "start.log")
+    process = await asyncio.create_subprocess_exec(*command)
     try:
 
         async def is_ready() -> bool:
             assert process.returncode is None, logs_of(folder)
-            return await is_listening(site.address[1])
+            return await is_listening(port)
 
         await eventually(is_ready)
-        yield site
+        yield
     finally:
-        await site.close()
         if process.returncode is None:
             process.terminate()
             await process.wait()
@@ -124,6 +155,19 @@ async def eventually(happened: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not await happened():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("document", [DEPLOYMENT, FRONTEND], ids=["deployment", "frontend"])
+def test_nginx_accepts_the_block_as_it_stands(document: str, certificate: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may listen on ports 80 and 443")
+    [block] = blocks(document, "nginx")
+    command = (program_of("nginx"), "-t", "-p", tmp_path, "-c", write_conf(tmp_path, block, certificate, {}))
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert tried.returncode == 0, tried.stderr
+
+
+# Two replicas on one Postgres
 
 
 class Halves:
@@ -159,6 +203,7 @@ class Halves:
         return response
 
 
+TwoReplicas = Callable[..., contextlib.AbstractAsyncContextManager[Site]]
 timestamps = itertools.count(1_800_000_000_000)
 
 
@@ -171,19 +216,17 @@ class Person:
     def __init__(self, site: Site, session_id: str) -> None:
         self.site = site
         self.session_id = session_id
-        self.client: Frontend | None = None
-        self.last_seq = 0
+        self.client = Frontend(site.http, f"{site.url}/ws/session/{session_id}")
         self.codes: list[int | None] = []  # with which sockets were closed
         self.asked_again = 0
         self.looked_up = 0
         self.request: dict[str, Any] = {}
 
     async def connect(self) -> None:
-        url = f"{self.site.url}/ws/session/{self.session_id}"
         async with asyncio.timeout(PATIENCE):
             while True:
                 with contextlib.suppress(aiohttp.ClientError):  # nginx' 502 too
-                    self.client = await Frontend(self.site.http, url).open()
+                    await self.client.open()
                     return
                 await asyncio.sleep(0.05)
 
@@ -193,27 +236,15 @@ class Person:
         await self.send()
 
     async def send(self) -> None:
-        assert self.client is not None
         await self.client.send("request_ai_response", self.request)
 
-    async def leave(self) -> None:
-        assert self.client is not None
-        await self.client.cut()
-
     async def next_frame(self, patience: float = PATIENCE) -> dict[str, Any] | None:
-        """The next frame that was not seen yet; None where the connection is lost."""
-        assert self.client is not None
-        while True:
-            message = await self.client.ws.receive(timeout=patience)
-            if message.type is not aiohttp.WSMsgType.TEXT:
-                self.codes.append(self.client.ws.close_code)
-                return None
-            frame: dict[str, Any] = message.json()
-            if (seq := frame.get("seq")) is None:
-                return frame
-            if seq > self.last_seq:
-                self.last_seq = seq
-                return frame
+        """Return the next frame that was not seen yet; None where the connection is lost."""
+        try:
+            return await self.client.frame(patience)
+        except ConnectionError:
+            self.codes.append(self.client.ws.close_code)
+            return None
 
     async def begun(self) -> list[dict[str, Any]]:
         """The frames up to the first half of the reply."""
@@ -268,12 +299,28 @@ def values_for(postgres_url: str, gemini: GeminiStandIn) -> dict[str, object]:
     }
 
 
-@contextlib.asynccontextmanager
-async def two_replicas(folder: Path, postgres_url: str, gemini: GeminiStandIn, **more: object) -> AsyncIterator[Site]:
-    values = {**values_for(postgres_url, gemini), **more}
-    async with started(folder, **values) as left, started(folder, **values) as right:
-        async with behind_nginx(folder, left, right) as site:
-            yield site
+@pytest.fixture
+def two_replicas(tmp_path: Path, postgres_url: str, gemini: GeminiStandIn, certificate: Path) -> TwoReplicas:
+    """Start two replicas behind nginx, by the block of docs/deployment.md."""
+
+    @contextlib.asynccontextmanager
+    async def start(**more: object) -> AsyncIterator[Site]:
+        values = {**values_for(postgres_url, gemini), **more}
+        async with started(tmp_path, **values) as left, started(tmp_path, **values) as right:
+            site = Site([left, right], unused_port(), certificate)
+            replacements = {
+                "10.0.0.1:8000": f"127.0.0.1:{left.port}",
+                "10.0.0.2:8000": f"127.0.0.1:{right.port}",
+                "listen 443 ssl;": f"listen 127.0.0.1:{site.port} ssl;",
+                "listen 80;": f"listen 127.0.0.1:{site.plain_port};",
+            }
+            [block] = blocks(DEPLOYMENT, "nginx")
+            conf = write_conf(tmp_path, block, certificate, replacements)
+            async with running_nginx(tmp_path, conf, site.port):
+                async with contextlib.aclosing(site):
+                    yield site
+
+    return start
 
 
 async def begin_to_talk(people: list[Person], model: Halves) -> list[list[dict[str, Any]]]:
@@ -295,11 +342,9 @@ def check_whole(answers: list[list[dict[str, Any]]]) -> None:
         assert text_of(answer) == REPLY
 
 
-async def test_a_replica_that_is_stopped_loses_no_reply(
-    tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
-) -> None:
+async def test_stopped_replica_loses_no_reply(gemini: GeminiStandIn, two_replicas: TwoReplicas) -> None:
     model = Halves(gemini)
-    async with two_replicas(tmp_path, postgres_url, gemini) as site:
+    async with two_replicas() as site:
         people = await site.people()
         halves = await begin_to_talk(people, model)
         stopped = site.replicas[0]
@@ -321,7 +366,6 @@ async def test_a_replica_that_is_stopped_loses_no_reply(
         reading = [asyncio.create_task(person.next_frame()) for person in people]
         assert await stopped.end() == 0
         for person, task in zip(people, reading, strict=True):
-            assert person.client is not None
             if not task.done():
                 with contextlib.suppress(ConnectionError):
                     await person.client.send("ping")
@@ -339,17 +383,15 @@ async def test_a_replica_that_is_stopped_loses_no_reply(
             assert turns == [(f"{CANARY} {number}", REPLY), ("이어서 하는 말이에요", REPLY)]
 
 
-async def test_a_replica_that_is_killed_costs_nobody_an_answer(
-    tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
-) -> None:
+async def test_killed_replica_costs_no_answer(tmp_path: Path, gemini: GeminiStandIn, two_replicas: TwoReplicas) -> None:
     model = Halves(gemini)
-    async with two_replicas(tmp_path, postgres_url, gemini) as site:
+    async with two_replicas() as site:
         model.mute = {f"{CANARY} {number}" for number in range(13, PEOPLE)}  # their replies have not begun
         people = await site.people()
         away, there = people[:6], people[6:]
         halves = await begin_to_talk(people, model)
         for person in away:  # their replies end, and are stored, while they are on their way back
-            await person.leave()
+            await person.client.cut()
             await model.let(person.request["message"])
 
             async def is_stored(person: Person = person) -> bool:
@@ -374,12 +416,12 @@ async def test_a_replica_that_is_killed_costs_nobody_an_answer(
         assert not any(person.session_id in log for log in logs for person in people)
 
 
-async def test_a_request_that_two_killed_replicas_lost_ends_in_a_clear_error(
-    tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
+async def test_request_lost_by_two_killed_replicas_ends_in_an_error(
+    tmp_path: Path, postgres_url: str, gemini: GeminiStandIn, two_replicas: TwoReplicas
 ) -> None:
     model = Halves(gemini)
     values = values_for(postgres_url, gemini)
-    async with two_replicas(tmp_path, postgres_url, gemini) as site:
+    async with two_replicas() as site:
         model.mute = {f"{CANARY} {number}" for number in range(2)}
         people = await site.people(4)
         halves = await begin_to_talk(people, model)
@@ -408,26 +450,29 @@ async def test_a_request_that_two_killed_replicas_lost_ends_in_a_clear_error(
             check_whole(await asyncio.gather(*(person.answer([]) for person in people)))
 
 
-async def test_a_conversation_is_erased_where_its_reply_streams(
-    tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
-) -> None:
+async def test_erasing_reaches_the_replica_that_streams(gemini: GeminiStandIn, two_replicas: TwoReplicas) -> None:
     model = Halves(gemini)
-    async with two_replicas(tmp_path, postgres_url, gemini) as site:
+    async with two_replicas() as site:
         people = await site.people()
         await begin_to_talk(people, model)
-        for person in people:
+
+        async def erase(person: Person) -> None:
             async with site.http.delete(f"{site.url}/api/sessions/{person.session_id}") as response:
                 assert response.status == 204
-        for answer in await asyncio.gather(*(person.answer([]) for person in people)):
-            assert kinds_of(answer) == ["complete"]
-            assert answer[0]["interrupted"]
+
+        async def ending(person: Person) -> None:
+            frame = await person.next_frame()
+            assert frame is not None
+            assert (frame["type"], frame["interrupted"]) == ("ai_stream_complete", True)
+            assert await person.next_frame() is None
+
+        await asyncio.gather(*map(erase, people), *map(ending, people))
+        assert {code for person in people for code in person.codes} == {WSCloseCode.OK}
 
 
-async def test_what_a_client_says_of_address_and_scheme_does_not_count(
-    tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
-) -> None:
-    async with two_replicas(tmp_path, postgres_url, gemini, MAX_NEW_SESSIONS_PER_MINUTE=3) as site:
-        secure = site.url.replace("http:", "https:")
+async def test_client_cannot_forge_its_address_or_scheme(gemini: GeminiStandIn, two_replicas: TwoReplicas) -> None:
+    async with two_replicas(MAX_NEW_SESSIONS_PER_MINUTE=3) as site:
+        insecure = site.url.replace("https:", "http:")
 
         async def ask_for_session(http: aiohttp.ClientSession, **headers: str) -> int:
             headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -435,21 +480,18 @@ async def test_what_a_client_says_of_address_and_scheme_does_not_count(
                 return response.status
 
         here = site.http
-        assert await ask_for_session(here, Origin=secure, X_Forwarded_Proto="https") == 403
-        assert await ask_for_session(here, Origin=site.url, X_Forwarded_Proto="https") == 201
+        assert await ask_for_session(here, Origin=insecure, X_Forwarded_Proto="http") == 403
+        assert await ask_for_session(here, Origin=site.url, X_Forwarded_Proto="http") == 201
         assert await ask_for_session(here, X_Forwarded_For="203.0.113.1") == 201
         assert await ask_for_session(here, X_Forwarded_For="203.0.113.2, 203.0.113.3") == 201
         assert await ask_for_session(here, X_Forwarded_For="203.0.113.4") == 429
-        elsewhere = aiohttp.TCPConnector(local_addr=("127.0.0.2", 0))
-        async with aiohttp.ClientSession(connector=elsewhere) as there:
+        async with site.visitor("127.0.0.2") as there:
             assert await ask_for_session(there, X_Forwarded_For="127.0.0.1") == 201
 
 
-async def test_the_headers_of_the_handshake_get_through(
-    tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
-) -> None:
+async def test_headers_of_the_handshake_get_through(gemini: GeminiStandIn, two_replicas: TwoReplicas) -> None:
     tokens = {"JWT_SECRET_KEY": SECRET, "REQUIRE_SESSION_TOKEN": 1}
-    async with two_replicas(tmp_path, postgres_url, gemini, **tokens) as site:
+    async with two_replicas(**tokens) as site:
         async with site.http.post(f"{site.url}/api/sessions") as response:
             made = await response.json()
         url, token = f"{site.url}{made['websocket_path']}", made["token"]
@@ -474,4 +516,164 @@ async def test_the_headers_of_the_handshake_get_through(
         assert refused.value.status == 403
         async with site.http.get(site.url) as page:
             assert page.status == 200
-            assert "script-src 'sha256-" in page.headers["Content-Security-Policy"]
+            assert "script-src" in page.headers["Content-Security-Policy"]
+        async with site.http.get(f"{site.plain_url}/a?b=1", allow_redirects=False) as response:
+            assert (response.status, response.headers["Location"]) == (301, "https://127.0.0.1/a?b=1")
+
+
+# The public frontend, with its Node backend beside this server
+
+FRONTEND_ORIGIN = "https://frontend.example"
+PATHS_OF_NODE = [
+    "POST /api/session/start",
+    "GET /api/session/{id}",
+    "POST /api/session/{id}/pause",
+    "POST /api/session/{id}/resume",
+    "POST /api/session/{id}/tick",
+    "POST /api/session/batch-tick",
+    "POST /api/session/devices/check",
+    "GET /api/session/stats/summary",
+    "POST /api/session/{id}/end",
+    "GET /api/session/{id}/report",
+    "GET /api/session/{id}/summary",
+    "GET /api/session/{id}/report/pdf",
+    "GET /api/session/{id}/report/summary",
+    "GET /api/session/{id}/report/csv?kind=vad",
+    "POST /api/session/{id}/feedback",
+    "POST /api/stt/transcribe",
+    "GET /api/monitoring/error-stats",
+    "GET /api/monitoring/health",
+    "GET /api/dashboard/summary",
+    "GET /api/user/preferences",
+    "PUT /api/user/preferences",
+    "POST /api/emotion",
+    "POST /api/auth/login",
+    "POST /api/auth/refresh",
+    "GET /api/auth/me",
+    "GET /health",
+]
+
+
+def headers_of_the_frontend(**more: str) -> dict[str, str]:
+    """Return what its HTTP client adds to every call."""
+    return {
+        "Origin": FRONTEND_ORIGIN,
+        "X-Request-ID": "req_1763000000000_1a2b3c4d",
+        "X-Frontend-Version": "1.2.0",
+        "X-Device-ID": "device_1a2b3c4d",
+        "X-Timestamp": "1763000000000",
+        "X-CSRF-Token": "csrf",
+        **more,
+    }
+
+
+class Node:
+    """A stub of the frontend's backend, which keeps the calls and the sockets that reach it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, str]]] = []
+        self.sockets: list[str] = []
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Upgrade") == "websocket":
+            self.sockets.append(request.path)
+            socket = web.WebSocketResponse()
+            await socket.prepare(request)
+            async for message in socket:
+                await socket.send_str(message.data)
+            return socket
+        await request.read()
+        self.calls.append((f"{request.method} {request.path_qs}", dict(request.headers)))
+        return web.json_response({"success": True, "data": {}})
+
+
+@contextlib.asynccontextmanager
+async def running_node() -> AsyncIterator[tuple[Node, int]]:
+    node = Node()
+    app = web.Application(client_max_size=2**25)
+    app.router.add_route("*", "/{path:.*}", node.answer)
+    runner = web.AppRunner(app, shutdown_timeout=0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield node, runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def frontend_site(folder: Path, certificate: Path, **more: object) -> AsyncIterator[tuple[Site, Node]]:
+    """Run what docs/frontend.md describes: its settings, its block, and a stub of Node."""
+    settings = dict(line.split("=", 1) for line in block_with(FRONTEND, "AUTO_CREATE_SESSIONS=1").split())
+    assert settings["ALLOWED_ORIGINS"] == FRONTEND_ORIGIN
+    async with running_node() as (node, node_port), started(folder, **{**settings, "PORT": 0, **more}) as voice:
+        site = Site([voice], unused_port(), certificate)
+        [block] = blocks(FRONTEND, "nginx")
+        replacements = {
+            "127.0.0.1:8000": f"127.0.0.1:{node_port}",
+            f"127.0.0.1:{settings['PORT']}": f"127.0.0.1:{voice.port}",
+            "listen 443 ssl;": f"listen 127.0.0.1:{site.port} ssl;",
+        }
+        conf = write_conf(folder, block, certificate, replacements)
+        async with running_nginx(folder, conf, site.port), contextlib.aclosing(site):
+            yield site, node
+
+
+async def test_calls_of_the_frontend_reach_node(tmp_path: Path, certificate: Path) -> None:
+    session_id = "sess_1763000000000_1a2b3c4d"
+    headers = headers_of_the_frontend(Authorization="Bearer of-the-login")
+    async with frontend_site(tmp_path, certificate) as (site, node):
+        calls = [path.replace("{id}", session_id) for path in PATHS_OF_NODE]
+        for method, path in map(str.split, calls):
+            # Audio is larger than the megabyte that nginx takes by default.
+            body = None if method == "GET" else io.BytesIO(bytes(2**21 if "transcribe" in path else 2))
+            async with site.http.request(method, site.url + path, headers=headers, data=body) as response:
+                assert response.status == 200
+        assert [call for call, _ in node.calls] == calls
+        assert all(headers.items() <= came.items() for _, came in node.calls)
+        for path in (f"/ws/landmarks/{session_id}", f"/ws/voice/{session_id}"):
+            async with site.http.ws_connect(site.url + path, origin=FRONTEND_ORIGIN) as socket:
+                await socket.send_str('{"type":"ping"}')
+                assert await socket.receive_str(timeout=PATIENCE) == '{"type":"ping"}'
+        assert len(node.sockets) == 2
+
+
+async def test_talk_of_the_frontend_reaches_this_server(tmp_path: Path, certificate: Path) -> None:
+    """It asks as the frontend does, then reads and erases by the calls that docs/frontend.md gives its two buttons."""
+    session_id = "sess_1763000000000_1a2b3c4d"
+    tokens = {"JWT_SECRET_KEY": SECRET, "REQUIRE_SESSION_TOKEN": 1}
+    async with frontend_site(tmp_path, certificate, **tokens) as (site, node):
+        talk = f"{site.url}/api/sessions/{session_id}"
+        token = token_for(session_id, iat=int(time.time()))
+        options = {"params": {"token": token}, "origin": FRONTEND_ORIGIN}
+        client = await Frontend(site.http, f"{site.url}/ws/session/{session_id}", **options).open()
+        for text in ('{"type":"ping"}', '{"type":"ping"}'):
+            await client.ws.send_str(text)
+            assert (await client.frame())["type"] == "pong"
+        await client.ask(emotion="anxious", timestamp=1_763_000_000_000)
+        assert kinds_of(await client.reply())[-1] == "complete"
+        await client.ask(emotion=None)
+        assert kinds_of(await client.reply())[-1] == "complete"
+
+        wanted = "authorization,x-client-version,x-csrf-token,x-device-id,x-request-id,x-timestamp"
+        preflight = {"Origin": FRONTEND_ORIGIN, "Access-Control-Request-Headers": wanted}
+        preflight["Access-Control-Request-Method"] = "DELETE"
+        async with site.http.options(talk, headers=preflight) as response:
+            assert response.ok
+            assert response.headers["Access-Control-Allow-Origin"] == FRONTEND_ORIGIN
+            assert response.headers["Access-Control-Allow-Credentials"] == "true"
+            assert set(wanted.split(",")) <= set(response.headers["Access-Control-Allow-Headers"].lower().split(","))
+        headers = headers_of_the_frontend(Authorization=f"Bearer {token}")
+        async with site.http.get(f"{talk}/conversations?limit=200", headers=headers) as response:
+            page = (await response.json())["conversations"]
+            assert [turn["user_message"] for turn in page] == [CANARY, CANARY]
+        async with site.http.get(f"{talk}/conversations?limit=200&before={page[0]['id']}", headers=headers) as response:
+            assert (await response.json())["conversations"] == []
+        login = headers_of_the_frontend(Authorization="Bearer of-the-login")
+        async with site.http.get(f"{talk}/conversations", headers=login) as response:
+            assert response.status == 401
+        async with site.http.delete(talk, headers=headers) as response:
+            assert response.status == 204
+            assert response.headers["Access-Control-Allow-Origin"] == FRONTEND_ORIGIN
+        assert (node.calls, node.sockets) == ([], [])
+        assert not any(session_id in log for log in logs_of(tmp_path))
