@@ -619,13 +619,15 @@ class Serving:
         *,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
         send_bytes: int = 0,
         **values: object,
     ) -> AbstractAsyncContextManager[Server]:
         settings = make_settings(url or self._url, **{**self._values, **values})
         counsellor = self._counsellor or make_counsellor(settings)
         storage = FaultyStorage(make_storage(settings))
-        return serve(settings, counsellor, storage, send_bytes=send_bytes, limits=limits, clock=clock)
+        options: dict[str, Any] = {"limits": limits, "clock": clock, "monotonic": monotonic}
+        return serve(settings, counsellor, storage, send_bytes=send_bytes, **options)
 
 
 class Wire:

@@ -140,7 +140,7 @@ async def test_a_first_header_that_takes_too_long_is_cut(sent: bytes) -> None:
 
 
 async def test_a_websocket_outlives_the_time_for_its_header(serving: Serving) -> None:
-    async with serving(options={"limits": Limits(header_seconds=0.3)}) as server, server.connect() as client:
+    async with serving(limits=Limits(header_seconds=0.3)) as server, server.connect() as client:
         async with server.knock(HALF_REQUEST) as slow:
             assert await slow.end() == b""
         await client.silent()

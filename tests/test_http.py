@@ -13,6 +13,7 @@ import asyncpg
 import jwt
 import pytest
 from support import SECRET, Frontend, ScriptedCounsellor, Server, Serving, handshake, logged, token_for
+from tools import until
 from yarl import URL
 
 from bemore.api import API, ModelHealth
@@ -105,7 +106,7 @@ async def test_the_ninth_socket_of_a_session_is_refused(server: Server) -> None:
     async with server.connect("another") as other:
         await other.silent()
     await clients[0].close()
-    await server.until_left("s", 7)
+    await until(lambda: len(server.clients("s")) == 7)
     async with server.connect("s") as client:
         await client.silent()
     for client in clients:
@@ -218,8 +219,7 @@ async def new_session(server: Server, **headers: str) -> tuple[int, str | None]:
 
 async def test_new_sessions_are_limited_by_address_and_minute(serving: Serving) -> None:
     clock = [1_800_000_000.0]
-    options = {"monotonic": lambda: clock[0]}
-    async with serving(options=options, MAX_NEW_SESSIONS_PER_MINUTE=3) as server:
+    async with serving(monotonic=lambda: clock[0], MAX_NEW_SESSIONS_PER_MINUTE=3) as server:
         # Without TRUST_PROXY the client may have written the header itself.
         answers = [await new_session(server, X_Forwarded_For=f"10.0.0.{number}") for number in range(4)]
         assert answers == [(201, None)] * 3 + [(429, "20")]
@@ -405,7 +405,7 @@ def test_a_kind_of_line_is_due_once_a_minute() -> None:
 async def test_a_refused_origin_is_logged_with_the_setting_that_admits_it(serving: Serving) -> None:
     clock = [0.0]
     behind_tls = {"Host": "voice.example", "Origin": "https://voice.example", "X-Forwarded-Proto": "wss"}
-    async with serving(HOST="0.0.0.0", options={"monotonic": lambda: clock[0]}) as server:
+    async with serving(HOST="0.0.0.0", monotonic=lambda: clock[0]) as server:
         await refused(server, "/ws/session/hush", headers={"Origin": "http://localhost:3000"})
         clock[0] += 60
         await refused(server, "/ws/session/hush", headers=behind_tls)
@@ -476,8 +476,7 @@ async def pong(client: Frontend) -> dict[str, Any]:
 async def test_a_pong_carries_a_fresh_token_after_half_of_its_life(serving: Serving) -> None:
     clock = [time.time()]
     token = token_for("s", exp=int(clock[0]) + 3600)
-    options = {"clock": lambda: clock[0]}
-    async with serving(options=options, JWT_SECRET_KEY=SECRET, SESSION_TTL_HOURS=1) as server:
+    async with serving(clock=lambda: clock[0], JWT_SECRET_KEY=SECRET, SESSION_TTL_HOURS=1) as server:
         async with server.connect("s", params={"token": token}) as client, server.connect("s") as without:
             assert "token" not in await pong(client)
             clock[0] += 2000
