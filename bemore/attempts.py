@@ -246,8 +246,8 @@ class ReplyReader:
     """
 
     def __init__(self, said: str, say: Say, end_at: Callable[[float], None], patience: float, latest: float) -> None:
-        # Whether this request has brought text, and whether it has brought a finish reason.
-        self.spoke = self.finished = False
+        # Whether this request has brought text, a marker, and a finish reason.
+        self.spoke = self.noticed = self.finished = False
         self._said = [said]
         # White space before the first word; a reply of nothing else counts as no text.
         self._blank = ""
@@ -268,8 +268,7 @@ class ReplyReader:
             now = asyncio.get_running_loop().time()
             # Rescheduling at each chunk would cost a twelfth of a chunk, so the limit is moved when it comes near.
             if self._ends < self._latest and self._ends < now + self._patience:
-                self._ends = min(now + 1.1 * self._patience, self._latest)
-                self._end_at(self._ends)
+                self._extend(now, 1.1 * self._patience)
             self._tell(text)
 
     def hear_last(self, text: str) -> None:
@@ -277,20 +276,24 @@ class ReplyReader:
         self._tell(self._think.feed(text))
 
     def finish(self) -> None:
-        """Note that the request has brought a finish reason."""
+        """Note that the request has brought a finish reason: only text that comes soon still belongs to the reply."""
         self.finished = True
-        now = asyncio.get_running_loop().time()
-        self._ends = min(now + TAIL_SECONDS, self._latest)
-        self._end_at(self._ends)
+        self._patience = TAIL_SECONDS
+        self._extend(asyncio.get_running_loop().time(), TAIL_SECONDS)
 
     def end(self) -> None:
         """Pass on what is still held: the reply is whole."""
         self._tell(self._think.rest())
         self._pass_on(self._joiner.feed(self._marker.rest()) + self._joiner.rest())
 
+    def _extend(self, now: float, seconds: float) -> None:
+        self._ends = min(now + seconds, self._latest)
+        self._end_at(self._ends)
+
     def _tell(self, text: str) -> None:
         for piece in self._marker.feed(text):
             if isinstance(piece, Notice):
+                self.noticed = True
                 self._say(piece)
             else:
                 self._pass_on(self._joiner.feed(piece))
