@@ -70,6 +70,9 @@ class Action(Enum):
     FAIL = "fail"
 
 
+RETRIED = (Action.RETRY, Action.RETRY_OR_FALLBACK)
+
+
 class RetryableError(Exception):
     """A request did not bring a whole reply. If there was text, the reply is continued; else `action` follows.
 
@@ -84,7 +87,6 @@ class RetryableError(Exception):
         pause: float | None = None,
         at_once: bool = False,
         sentence_open: bool = False,
-        may_end: bool = False,
     ) -> None:
         super().__init__(cause)
         self.cause = cause
@@ -96,7 +98,7 @@ class RetryableError(Exception):
         # The reply ran out of tokens inside a sentence.
         self.sentence_open = sentence_open
         # The reply can end here if it cannot be continued.
-        self.may_end = may_end or sentence_open
+        self.may_end = sentence_open
 
 
 def conversation(prompt: Prompt, said: str = "", request_for_rest: str = "") -> list[str]:
@@ -143,8 +145,7 @@ class RetryPlan:
 
     def _next_attempt(self, error: RetryableError, left: float) -> float:
         pause = self._pause(error, left)
-        retried = error.action in (Action.RETRY, Action.RETRY_OR_FALLBACK)
-        cause = f"{self._label}: {error.cause}" + (f", attempt {self._attempt}" if retried else "")
+        cause = f"{self._label}: {error.cause}" + (f", attempt {self._attempt}" if error.action in RETRIED else "")
         self._attempt += 1
         if pause is not None:
             return pause
@@ -156,7 +157,7 @@ class RetryPlan:
 
     def _pause(self, error: RetryableError, left: float) -> float | None:
         """Return the seconds until the same model is asked again, or None if it is not."""
-        if self._on_fallback or error.action not in (Action.RETRY, Action.RETRY_OR_FALLBACK):
+        if self._on_fallback or error.action not in RETRIED:
             return None
         enough = self._fallbacks and self._attempt >= ATTEMPTS_BEFORE_FALLBACK
         if enough and error.action is Action.RETRY_OR_FALLBACK:
