@@ -29,6 +29,12 @@ From top to bottom:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - for those who run an older one
+    # The imports below would fail with a traceback.
+    sys.exit(f"bemore_voice: needs Python 3.11 or newer, this is {sys.version_info[0]}.{sys.version_info[1]}")
+
 import argparse
 import asyncio
 import contextlib
@@ -40,7 +46,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import time
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -49,18 +54,20 @@ from json.encoder import encode_basestring
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from bemore.api import API, MAX_BODY_BYTES, Api, HttpRefusal, ModelHealth, add_routes, check_access
+from bemore import access
+from bemore.api import API, Api, ModelHealth, add_routes, check_access, token_of
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, FORMER, SHORT, Signal, signal_in
 from bemore.client import Client
-from bemore.connections import LimitedRunner
+from bemore.connections import LimitedRunner, make_site
 from bemore.conversation import Action, Admit, Conversation, Ended, Forget, Mark, Phase, Stop, Store, Turn, Utterance
 from bemore.counsellor import Blocked, Counsellor, Emotion, Failed, Notice, PastTurn, Prompt
 from bemore.demo import Demo
 from bemore.gemini import Gemini
 from bemore.log import StrayExceptionLog, anonymous, configure_logging, describe_bug
 from bemore.outbox import ErrorCode, Failure, Frame, Kind, Ping, Send
+from bemore.refusals import MAX_BODY_BYTES, HttpRefusal
 from bemore.retention import keep_erasing
-from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings
+from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings, similar_settings
 from bemore.sqlite import SQLite
 from bemore.storage import (
     CannotStart,
@@ -159,17 +166,17 @@ def encode_frame(frame: Frame) -> bytes:
     return encode("ai_stream_error", {"error": SENTENCES[failure.code]}, code=failure.code, **top_level)
 
 
-def encode_pong(now_ms: int) -> bytes:
-    return encode("pong", {"timestamp": now_ms})
+def encode_pong(now_ms: int, token: str = "") -> bytes:
+    return encode("pong", {"timestamp": now_ms}, **({"token": token} if token else {}))
 
 
 def failure_of(error: Exception) -> Failure:
     """Return what the person gets for an error of the database or the model, or for a mistake in this server."""
     match error:
         case NoToken():
-            return Failure(ErrorCode.RATE_LIMITED, "rate", retry_after_ms=error.retry_after_ms)
+            return Failure(ErrorCode.RATE_LIMITED, retry_after_ms=error.retry_after_ms)
         case UnknownSession():
-            return Failure(ErrorCode.SESSION_EXPIRED, "unknown session")
+            return Failure(ErrorCode.SESSION_EXPIRED)
         case Unavailable() | Failed():
             return Failure(ErrorCode.AI_UNAVAILABLE, error.cause)
         case _:
@@ -459,6 +466,8 @@ class Services:
         self.requests_per_minute = settings.max_ai_requests_per_minute
         self.create_sessions = settings.auto_create_sessions
         self.barge_in = settings.barge_in
+        self._token_secrets = settings.jwt_secret_key
+        self._token_seconds = settings.session_ttl_hours * 3600
         self.interval = settings.stream_chunk_interval_ms / 1000
         self.gap = min(limits.frame_gap_seconds, self.interval)
         self._last_seq = 0
@@ -470,6 +479,10 @@ class Services:
 
     def now_ms(self) -> int:
         return self.now_us() // 1000
+
+    def fresh_token(self, session_id: str, token: str) -> str:
+        """Return a new token if less than half of the life of `token` is left, else an empty string."""
+        return access.fresh_token(session_id, token, self._token_secrets, self._token_seconds, self.clock())
 
     def next_seq(self) -> int:
         """Return the next frame number: from the clock, so that none repeats after a restart or on another replica."""
@@ -617,6 +630,12 @@ class Session:
                 prompt = make_prompt(turn, admission.history, at_risk=conversation.at_risk)
                 await self._ask_model(turn, prompt)
                 self._apply(conversation.streamed(turn, loop_time()))
+        except asyncio.CancelledError as stray:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # A library has cancelled its own work; without a report the turn would never end.
+            self._apply(conversation.failed(turn, Failure(ErrorCode.AI_UNAVAILABLE, describe_bug(stray)), loop_time()))
         except Exception as error:  # The person gets an answer also after a mistake in this server.
             self._apply(conversation.failed(turn, failure_of(error), loop_time()))
 
@@ -688,7 +707,7 @@ def log_turn(session_id: str, turn: Turn, outcome: str, now: float) -> None:
     first = f"{(turn.reply.began_at - turn.asked_at) * 1000:.0f}" if said and turn.reply is not None else "-"
     cause = turn.failure.cause if turn.failure is not None else ""
     logger.log(
-        logging.WARNING if cause and turn.phase is Phase.DONE else logging.INFO,
+        logging.WARNING if cause else logging.INFO,
         "session=%s outcome=%s%s chunks=%d characters=%d first_ms=%s total_ms=%.0f%s",
         anonymous(session_id),
         outcome,
@@ -712,11 +731,14 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def find(self, session_id: str) -> Session | None:
+        return self._sessions.get(session_id)
+
     def open(self, session_id: str) -> Session:
         """Return a session for a new socket; raise HttpRefusal if it has too many, or the process ends."""
         if self.draining:
             raise HttpRefusal("unavailable")
-        session = self._sessions.get(session_id) or Session(session_id, self.services, self._forget)
+        session = self.find(session_id) or Session(session_id, self.services, self._forget)
         if len(session.clients) >= self.services.limits.sockets_per_session:
             raise HttpRefusal("too_many_sockets")
         self._sessions[session_id] = session
@@ -789,6 +811,7 @@ async def session_socket(request: web.Request) -> web.StreamResponse:
         heartbeat_seconds=limits.heartbeat_seconds,
         stall_seconds=limits.stall_seconds,
         close_seconds=limits.close_seconds,
+        token=token_of(request),
     )
     session.clients.add(client)  # It counts from here on, although the handshake is not answered yet.
     services.counsellor.prepare()
@@ -841,7 +864,9 @@ async def handle_frame(text: str, client: Client, session: Session, services: Se
             case "cancel_ai_response":
                 session.cancel()
             case "ping":
-                client.send(encode_pong(services.now_ms()))
+                fresh_token = services.fresh_token(session.id, client.token)
+                client.token = fresh_token or client.token
+                client.send(encode_pong(services.now_ms(), fresh_token))
             case "status_update":
                 pass
             case _:
@@ -984,7 +1009,7 @@ async def serve(settings: Settings) -> None:
     try:
         await runner.setup()
         try:
-            await web.TCPSite(runner, settings.host, settings.port).start()
+            await make_site(runner, settings.host, settings.port).start()
         except (OSError, UnicodeError) as error:  # also a name that no name server may be asked for
             reason = getattr(error, "strerror", "no such name")
             raise ConfigError(f"HOST, PORT: cannot listen on {settings.host}:{settings.port} ({reason})") from None
@@ -995,6 +1020,7 @@ async def serve(settings: Settings) -> None:
             with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends the loop by itself
                 loop.add_signal_handler(number, stop.set)
         host, port = runner.addresses[0][:2]
+        host = f"[{host}]" if ":" in host else host
         services = runner.app[SESSIONS].services
         where = services.storage.description
         answers = "demo mode, replies are canned" if settings.demo else f"model {services.counsellor.name}"
@@ -1005,21 +1031,19 @@ async def serve(settings: Settings) -> None:
         await runner.cleanup()
 
 
-async def erase(settings: Settings, session_id: str) -> int:
-    """Erase one session for an operator, also while the server runs; return the exit status."""
+async def erase(settings: Settings, session_id: str) -> None:
+    """Erase one session for an operator, also while the server runs; raise ConfigError if that is impossible."""
+    storage = make_storage(settings)
     try:
-        async with make_storage(settings) as storage:
+        async with storage:
             await storage.delete_session(session_id)
     except CannotStart as error:
         raise ConfigError(f"DATABASE_URL: {error}") from None
     except UnknownSession:
-        print(f"bemore_voice: {storage.description} has no such session")  # noqa: T201
-        return 1
+        raise ConfigError(f"--erase: {storage.description} has no such session") from None
     except Unavailable as error:
-        print(f"bemore_voice: not erased ({error.cause})")  # noqa: T201
-        return 1
+        raise ConfigError(f"--erase: not erased ({error.cause})") from None
     print(f"bemore_voice: erased the session from {storage.description}")  # noqa: T201
-    return 0
 
 
 def main() -> int:
@@ -1030,14 +1054,18 @@ def main() -> int:
     )
     session_id = parser.parse_args().erase
     try:
-        settings = read_settings({**read_dotenv(), **os.environ})
+        dotenv = read_dotenv()
+        settings = read_settings({**dotenv, **os.environ})
         configure_logging(settings.log_level)
-        if session_id is not None:
-            return asyncio.run(erase(settings, session_id))
-        asyncio.run(serve(settings))
+        for name, setting in similar_settings(dotenv).items():
+            logger.warning(".env: %s is not a setting, is %s meant?", name, setting)
+        asyncio.run(serve(settings) if session_id is None else erase(settings, session_id))
     except ConfigError as error:
         print(f"bemore_voice: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except KeyboardInterrupt:
+        # Ctrl-C on Windows; serve() has drained by now.
+        pass
     return 0
 
 

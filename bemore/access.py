@@ -1,14 +1,22 @@
-"""Who may connect: origins, hosts, tokens and addresses, as rules over strings."""
+"""Who may connect: session ids, origins, hosts, addresses and tokens, as rules over strings."""
 
 from __future__ import annotations
 
 import ipaddress
-import itertools
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
+
+# The database column's width.
+MAX_SESSION_ID_CHARACTERS = 255
+
+
+def is_session_id(text: str) -> bool:
+    """Tell whether a session may have this id."""
+    return 1 <= len(text) <= MAX_SESSION_ID_CHARACTERS and text.isprintable()
+
 
 # Origins and hosts
 
@@ -16,9 +24,9 @@ from urllib.parse import urlsplit
 def is_welcome(origin: str | None, own: str, allowed: frozenset[str], *, guard_name: bool, name: str = "") -> bool:
     """Tell whether a page of this origin may talk to the server, whose own origin is `own`.
 
-    What sends no Origin is no browser's page, or is the server's own. `guard_name`, for a server that only this
-    machine reaches, also refuses where its own name is a stranger's: any page can let its name point to 127.0.0.1, and
-    be of the same origin as a server that listens there (DNS rebinding). `name` is what the server was told to be.
+    A request without Origin comes from the server's own page or from a program that is no browser. `guard_name`, for a
+    server that only this machine reaches, also refuses requests to an unknown host name: any page can let its name
+    point to 127.0.0.1 and so be of the same origin as a server there (DNS rebinding). `name` is the setting HOST.
     """
     if origin in allowed:
         return True
@@ -27,21 +35,34 @@ def is_welcome(origin: str | None, own: str, allowed: frozenset[str], *, guard_n
     return origin in (None, own)
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches a server on a host: whether all addresses that it stands for are loopback.
+def http_scheme(scheme: str) -> str:
+    """Return the scheme of a page's origin for the scheme that a proxy names; some name a WebSocket's."""
+    return {"ws": "http", "wss": "https"}.get(scheme.lower(), scheme.lower())
 
-    However it is written: LOCALHOST, 127.1 and 0:0:0:0:0:0:0:1 are, 0 is every address. May wait for a name server.
+
+def setting_that_admits(own: str, forwarded_scheme: str, *, trust_proxy: bool) -> str:
+    """Return the setting that would admit a refused origin: a proxy that is not trusted may name another scheme."""
+    if not trust_proxy and forwarded_scheme and http_scheme(forwarded_scheme) != own.partition("://")[0]:
+        return "TRUST_PROXY"
+    return "ALLOWED_ORIGINS"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether all addresses of a host are loopback, so that only this machine reaches a server there.
+
+    The host may be written in any way, such as LOCALHOST, 127.1 or 0:0:0:0:0:0:0:1. May wait for a name server.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
-        return False  # nor can anything listen there
+        # The server cannot listen there either.
+        return False
     addresses = [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
     return all((getattr(address, "ipv4_mapped", None) or address).is_loopback for address in addresses)
 
 
 def is_own_name(host: str, allowed: frozenset[str], own: str = "") -> bool:
-    """Tell whether a Host header names this machine, as no stranger's domain can, by `own` or as an allowed origin."""
+    """Tell whether a Host header is an IP address, localhost, `own` or the host of an allowed origin."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -58,15 +79,16 @@ def is_own_name(host: str, allowed: frozenset[str], own: str = "") -> bool:
 
 
 def last_forwarded(headers: list[str]) -> str:
-    """Return what the nearest proxy added to a header; all before that may be anyone's invention."""
+    """Return what the nearest proxy added to a header; the client may have written all before that."""
     return headers[-1].rpartition(",")[2].strip() if headers else ""
 
 
 def rate_limit_key(peer: str, forwarded: str = "") -> str:
-    """Return the address to count by: the one that a proxy names, an IPv6 one by its first half (one household's)."""
+    """Return what a rate limit counts by: the address that a proxy names, else the peer's; of IPv6 the /64 network."""
     address = forwarded or peer
-    if dressed := re.fullmatch(r"(?:\[(.+)\]|([\d.]+))(?::\d+)?", address):  # with a port, as Azure writes it
-        address = dressed[1] or dressed[2]
+    # Azure writes a port behind the address.
+    if with_port := re.fullmatch(r"(?:\[(.+)\]|([\d.]+))(?::\d+)?", address):
+        address = with_port[1] or with_port[2]
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -76,58 +98,46 @@ def rate_limit_key(peer: str, forwarded: str = "") -> str:
     return str(parsed)
 
 
-class AddressLimit:
-    """Token buckets by address, in memory: full they allow a minute's worth at once; each replica has its own.
-
-    A bucket is told whole by the moment at which it is full again, by a clock that never steps back.
-    """
-
-    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
-        self._clock = clock  # seconds
-        self._refill_us = 60_000_000 // per_minute
-        self._bucket_us = self._refill_us * per_minute
-        self._full_at_us: dict[str, int] = {}  # the least recently used first
-
-    def __len__(self) -> int:
-        """Count the addresses that are remembered: those whose buckets are not full."""
-        return len(self._full_at_us)
-
-    def take(self, address: str) -> int:
-        """Take a token and return 0, or return the seconds until there is one."""
-        now_us = int(self._clock() * 1_000_000)
-        for other in list(itertools.takewhile(lambda other: self._full_at_us[other] <= now_us, self._full_at_us)):
-            del self._full_at_us[other]
-        full_at_us = max(self._full_at_us.get(address, 0), now_us) + self._refill_us
-        if (early_us := full_at_us - now_us - self._bucket_us) > 0:
-            return -(-early_us // 1_000_000)
-        self._full_at_us.pop(address, None)
-        self._full_at_us[address] = full_at_us
-        return 0
-
-
-# Tokens: HS256 JWTs whose subject is a session's id. PyJWT's import is a fifth of the start, and few set a secret.
+# Tokens: HS256 JWTs whose subject is a session's id. PyJWT is imported late: its import takes a fifth of the start.
 
 
 def issue_token(secret: str, session_id: str, expires: int) -> str:
-    """Return a token for one session that holds until `expires`, in seconds since the epoch."""
+    """Return a token for one session that is valid until `expires`, in seconds since the epoch."""
     import jwt
 
     return jwt.encode({"sub": session_id, "exp": expires}, secret, algorithm="HS256")
 
 
 def token_in(authorization: str, query: str) -> str:
-    """Return the token that a request brings, by its Authorization header or its query; empty for none."""
+    """Return the token of a request, from its Authorization header or its query; empty for none."""
     scheme, _, token = authorization.partition(" ")
     return token if scheme.lower() == "bearer" else query
 
 
-def is_token_for(session_id: str, token: str, secret: str) -> bool:
-    """Tell whether a token is one of ours, still holds, and is for this session."""
+def token_expiry(session_id: str, token: str, secrets: Sequence[str]) -> int | None:
+    """Return when a token of this session expires, in seconds since the epoch; None for any other token.
+
+    The moment may have passed. A token counts as the session's where one of `secrets` has signed it.
+    """
+    if not token:
+        return None
     import jwt
 
-    options: Any = {"require": ["sub", "exp"]}
-    try:
-        claims = jwt.decode(token, secret, algorithms=["HS256"], options=options)
-    except (jwt.InvalidTokenError, UnicodeError):  # bytes that are no UTF-8 come as halves of surrogate pairs
-        return False
-    return bool(claims["sub"] == session_id)
+    options: Any = {"require": ["sub", "exp"], "verify_exp": False}
+    for secret in secrets:
+        try:
+            claims = jwt.decode(token, secret, algorithms=["HS256"], options=options)
+        # A token that is not UTF-8 reaches this point as halves of surrogate pairs, which raise UnicodeError.
+        except (jwt.InvalidTokenError, UnicodeError):
+            continue
+        if claims["sub"] == session_id and isinstance(claims["exp"], int):
+            return int(claims["exp"])
+    return None
+
+
+def fresh_token(session_id: str, token: str, secrets: Sequence[str], ttl_seconds: float, now: float) -> str:
+    """Return a new token in place of one that has less than half of its life left; empty where none is due."""
+    expires = token_expiry(session_id, token, secrets)
+    if expires is None or expires - now >= ttl_seconds / 2:
+        return ""
+    return issue_token(secrets[0], session_id, int(now + ttl_seconds))

@@ -32,6 +32,7 @@ class Client:
         heartbeat_seconds: float,
         stall_seconds: float,
         close_seconds: float,
+        token: str = "",
     ) -> None:
         assert request.transport is not None
         self.ws = web.WebSocketResponse(
@@ -48,6 +49,7 @@ class Client:
         self._max_unsent_bytes = max_unsent_bytes
         self._stall_seconds = stall_seconds
         self._close_seconds = close_seconds
+        self.token = token  # the newest that the peer has
         self.said_goodbye = False  # the peer has, by a close frame
         self._closing = False
         self._gone = asyncio.get_running_loop().create_future()
@@ -57,6 +59,8 @@ class Client:
     async def open(self) -> None:
         """Answer the handshake."""
         await self.ws.prepare(self._request)
+        # They are sent, and would take 1.4 KiB for as long as the connection is open.
+        self.ws.headers.clear()
 
     async def receive(self) -> aiohttp.WSMessage | None:
         """Return the peer's next message; None once the connection ends. Messages after our goodbye are dropped."""

@@ -6,10 +6,10 @@ A client that is slow in any other way is the reverse proxy's job (docs/deployme
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from aiohttp import web
-from aiohttp.web_request import BaseRequest
 
 # So many connections over the limit are answered with 503; further ones are cut.
 SPARE_CONNECTIONS = 64
@@ -51,10 +51,10 @@ class LimitedServer(web.Server):
         self._stop_header_timer(handler)
         super().connection_lost(handler, exc)
 
-    def receive(self, message: Any, payload: Any, protocol: web.RequestHandler, writer: Any, task: Any) -> BaseRequest:
+    def receive(self, message: Any, payload: Any, protocol: web.RequestHandler, *rest: Any) -> web.BaseRequest:
         """Make the request whose header has arrived."""
         self._stop_header_timer(protocol)
-        request = self._make(message, payload, protocol, writer, task)
+        request = self._make(message, payload, protocol, *rest)
         request[SURPLUS] = protocol in self._surplus
         return request
 
@@ -99,3 +99,10 @@ class LimitedRunner(web.AppRunner):
         await super().shutdown()
         if self._limited is not None:
             await self._limited.shutdown(self._patience)
+
+
+def make_site(runner: web.AppRunner, host: str, port: int) -> web.BaseSite:
+    """Return where a runner listens; `::` stands for all addresses of IPv6 and IPv4."""
+    if host == "::" and socket.has_dualstack_ipv6():
+        return web.SockSite(runner, socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True))
+    return web.TCPSite(runner, host, port)

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from bemore.counsellor import Emotion
-from bemore.outbox import ErrorCode, Failure, Frame, Kind, Outbox, Peer, Ping, Reply, Send
+from bemore.outbox import ErrorCode, Failure, Kind, Outbox, Peer, Ping, Reply, Send
 
 MAX_WAITING = 16  # requests of a session
 MAX_REPLY_CHARACTERS = 16_000  # ten minutes of speech
@@ -37,9 +37,9 @@ COVERED_BY = {
     "violence": ("violence",),
     "indirect": ("indirect", "explicit", "violence"),
 }
-TOO_MANY_WAIT = Failure(ErrorCode.RATE_LIMITED, "too many requests wait")
+TOO_MANY_WAIT = Failure(ErrorCode.RATE_LIMITED)
 SHUTTING_DOWN = Failure(ErrorCode.AI_UNAVAILABLE, "shutting down")
-ERASED = Failure(ErrorCode.SESSION_EXPIRED, "erased")
+ERASED = Failure(ErrorCode.SESSION_EXPIRED)
 NO_TEXT = Failure(ErrorCode.AI_UNAVAILABLE, "model: no text")
 
 
@@ -310,9 +310,8 @@ class Conversation:
     def _refuse(self, turn: Turn, failure: Failure) -> None:
         """Send an error to the asker alone."""
         turn.phase, turn.failure = Phase.DONE, failure
-        if turn.asker in self.peers:
-            self._actions.append(Send((turn.asker,), Frame(Kind.ERROR, 0, failure=failure)))
-        self._actions.append(Ended(turn, failure.code))
+        self._outbox.refuse(turn.asker, failure)
+        self._outbox.then(None, partial(self._actions.append, Ended(turn, failure.code)))
 
     def _fail(self, turn: Turn, failure: Failure) -> None:
         """End the current turn by an error; after a signal by a helpline sentence in place of the error."""

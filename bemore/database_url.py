@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from bemore.storage import CannotStart
@@ -58,10 +59,16 @@ def parse_database_url(url: str) -> DatabaseUrl:
     if misread or not all(HOST.fullmatch(host) for host in hosts.split(",")):
         raise CannotStart(UNREADABLE)
     query, schema = taken_schema(query)
-    if query.pop("ssl", "") in ("true", "1") or query.get("sslmode") == "no-verify":
+    # Node's spellings; neither verifies a certificate.
+    if query.pop("ssl", "") in ("true", "1"):
+        query.setdefault("sslmode", "require")
+    if query.get("sslmode") == "no-verify":
         query["sslmode"] = "require"
     secret = not query.keys().isdisjoint({"password", "sslpassword"})
     used = {name: value for name, value in query.items() if name in USED.split()}
+    for name in ("sslrootcert", "sslcert", "sslkey", "sslcrl"):
+        if name in used and not Path(used[name]).is_file():
+            raise CannotStart(f"{name} names a file that is not there: {used[name]}")
     unknown = tuple(sorted(query.keys() - used.keys() - set(PASSED_OVER.split())))
     host = unquote(hosts) or query.get("host", "")
     if not host or host.startswith("/"):
@@ -85,7 +92,7 @@ def taken_schema(query: dict[str, str]) -> tuple[dict[str, str], str]:
         path = found[1].replace("\\", "")
         rest["options"] = SEARCH_PATH.sub("", rest["options"]).strip()
     first = path.split(",")[0].strip()
-    schema = first[1:-1].replace('""', '"') if first.startswith('"') else first.lower()
+    schema = first.strip('"').replace('""', '"') if first.startswith('"') else first.lower()
     if not rest.get("options"):
         rest.pop("options", None)
     return rest, "" if schema == "$user" else schema

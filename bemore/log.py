@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
+import time
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -14,7 +17,6 @@ from aiohttp.http import HttpProcessingError
 
 logger = logging.getLogger("bemore_voice")
 
-# Within this time the same stray exception is logged once.
 SAME_LINE_SECONDS = 60
 
 
@@ -29,11 +31,26 @@ def describe_bug(bug: BaseException) -> str:
     return type(bug).__name__ + (f" in {frames[-1].name}, line {frames[-1].lineno}" if frames else "")
 
 
-class LogFormatter(logging.Formatter):
-    """Write each record on one line, and of an exception only its type and place.
+def logfmt(**fields: object) -> str:
+    """Return fields as key=value; a value with spaces, quotes or = in it is quoted."""
+    return " ".join(f"{name}={quote(str(value))}" for name, value in fields.items())
 
-    The text of a library's exception may quote what was said, or a request line with its token.
+
+def quote(value: str) -> str:
+    if value and not re.search(r'[\s="\\]', value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+class LogFormatter(logging.Formatter):
+    """Write each record as one line of logfmt, and of an exception only its type and place.
+
+    A message that is no logfmt becomes the value of msg. The text of a library's exception may quote what was said, or
+    a request line with its token.
     """
+
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03d"
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
@@ -41,14 +58,19 @@ class LogFormatter(logging.Formatter):
             line = "".join(character if character.isprintable() else " " for character in line)
         return line
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        if not re.match(r"[a-z_]+=", record.message):
+            record.message = logfmt(msg=record.message)
+        return super().formatMessage(record)
+
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
-        return describe_bug(ei[1])
+        return logfmt(exception=describe_bug(ei[1]))
 
 
 def configure_logging(level: str) -> None:
     """Send all lines to stderr: this server's from `level` on, those of libraries from warnings on."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter("time=%(asctime)s level=%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logger.setLevel(level.upper())
     quiet_libraries()
@@ -71,16 +93,31 @@ def is_own_mistake(record: logging.LogRecord) -> bool:
     return not isinstance(error, ConnectionError | web.RequestPayloadError | HttpProcessingError)
 
 
+class LogLimit:
+    """Lets each kind of line into the log once in SAME_LINE_SECONDS."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        # By kind, the moment from which a line is due again.
+        self._due_at: dict[str, float] = {}
+
+    def is_due(self, kind: str) -> bool:
+        """Tell whether a line of this kind may be written now; it counts as written then."""
+        now = self._monotonic()
+        if now < self._due_at.get(kind, now):
+            return False
+        self._due_at[kind] = now + SAME_LINE_SECONDS
+        return True
+
+
 class StrayExceptionLog:
     """Log exceptions of tasks that nothing awaits; asyncio's own line would hold the exception's text.
 
-    The same line is logged once in SAME_LINE_SECONDS: a process without free file descriptors raises hundreds.
+    The limit is for a process without free file descriptors, which raises hundreds.
     """
 
     def __init__(self) -> None:
-        self._line = ""
-        # Loop time until which the same line is not logged again.
-        self._quiet_until = 0.0
+        self._limit = LogLimit()
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         bug = context.get("exception")
@@ -88,6 +125,5 @@ class StrayExceptionLog:
         # A second after the file descriptors ran out, asyncio accepts again, even on a listener that is closed by then.
         if "._start_serving(" in line:
             return
-        if line != self._line or loop.time() >= self._quiet_until:
-            self._line, self._quiet_until = line, loop.time() + SAME_LINE_SECONDS
+        if self._limit.is_due(line):
             logger.error("%s", line)

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum, auto
+from enum import Enum, StrEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 Peer = Any  # a handle of the driver's, which is only compared and hashed
@@ -44,15 +45,16 @@ class Failure(Exception):
 
 
 class Kind(Enum):
-    BEGIN = auto()
-    CHUNK = auto()
-    COMPLETE = auto()
-    INTERRUPTED = auto()  # a complete with the mark `interrupted`
-    ERROR = auto()
+    """The kinds of frames; `ends` tells whether a frame of this kind is the last one of its reply."""
 
-    @property
-    def ends(self) -> bool:
-        return self in (Kind.COMPLETE, Kind.INTERRUPTED, Kind.ERROR)
+    BEGIN = 1, False
+    CHUNK = 2, False
+    COMPLETE = 3, True
+    INTERRUPTED = 4, True  # a complete with the mark `interrupted`
+    ERROR = 5, True
+
+    def __init__(self, _: int, ends: bool) -> None:
+        self.ends = ends
 
 
 class Frame(NamedTuple):
@@ -108,7 +110,7 @@ class Reply:
 class Held(NamedTuple):
     """A frame that waits for its gap, or in place of a frame a call to make once all before it was sent."""
 
-    reply: Reply
+    reply: Reply | None
     kind: Kind | None
     text: str = ""
     failure: Failure | None = None
@@ -202,9 +204,17 @@ class Outbox:
         assert kind.ends
         self._held.append(Held(reply, kind, failure=failure))
 
-    def then(self, reply: Reply, call: Callable[[], None]) -> None:
+    def then(self, reply: Reply | None, call: Callable[[], None]) -> None:
         """Call once all that is queued so far was sent."""
         self._held.append(Held(reply, None, call=call))
+
+    def refuse(self, peer: Peer, failure: Failure) -> None:
+        """Queue an error that belongs to no reply, for one peer."""
+        self._held.append(Held(None, Kind.ERROR, call=partial(self._send_refusal, peer, failure)))
+
+    def _send_refusal(self, peer: Peer, failure: Failure) -> None:
+        if peer in self.peers:
+            self._act(Send((peer,), Frame(Kind.ERROR, 0, failure=failure)))
 
     def holds(self, reply: Reply) -> bool:
         return any(item.reply is reply for item in self._held)
@@ -273,6 +283,7 @@ class Outbox:
         """Give a frame its number, and send it to the peers that have all frames before it."""
         reply, kind = item.reply, item.kind
         assert kind is not None
+        assert reply is not None
         assert not reply.ended
         frame = Frame(kind, self._next_seq(), item.text, item.failure)
         reply.frames.append(frame)

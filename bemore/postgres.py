@@ -11,7 +11,7 @@ from typing import Any, Self
 import asyncpg
 
 from bemore.database_url import DatabaseUrl, parse_database_url
-from bemore.postgres_start import FAULTS, passes, prepare_tables, qualified, reason
+from bemore.postgres_start import FAULTS, is_temporary, prepare_tables, qualified, reason
 from bemore.storage import (
     CREATE_SESSION,
     ERASE_OLD,
@@ -26,8 +26,8 @@ from bemore.storage import (
 logger = logging.getLogger("bemore_voice")
 
 MIN_CONNECTIONS, MAX_CONNECTIONS = 5, 20
-# An idle connection is replaced after this, before a NAT or a load balancer drops it without a word.
-IDLE_SECONDS = 30
+# A NAT or a load balancer may have dropped a connection that was idle for longer. It has to answer a probe first.
+IDLE_SECONDS, PROBE_SECONDS = 30, 0.5
 CLOSE_SECONDS = 2
 START_SECONDS, RETRY_SECONDS = 30, 0.25  # for a server that starts at the same moment, or wakes
 BUSY_SECONDS = 0.02  # between two tries to get a connection from a server that lends only a few
@@ -47,6 +47,21 @@ def one_at_a_time(sql: str) -> str:
     return sql.replace("WHERE", f"WHERE (SELECT pg_try_advisory_xact_lock({ERASE_LOCK})) AND", 1)
 
 
+class Connection(asyncpg.Connection):
+    """A connection that knows when it was last used, in time.monotonic()."""
+
+    used_at = 0.0
+
+
+class DroppedConnection(Exception):
+    """An idle connection did not answer a probe."""
+
+
+async def note_use(connection: Any) -> None:
+    """Take the place of asyncpg's reset, which costs a round trip: no statement changes a setting."""
+    connection.used_at = time.monotonic()
+
+
 class Postgres(Storage):
     """A pool of connections.
 
@@ -60,6 +75,7 @@ class Postgres(Storage):
         self._start_seconds = start_seconds
         self._schema = ""
         self._pool: asyncpg.Pool | None = None
+        self._doubted_at = 0.0  # connections that were last used before this moment have to answer a probe
         self._releasing: set[asyncio.Task[None]] = set()
         self._spelled: dict[tuple[str, bool], str] = {}
         self.description = "Postgres"
@@ -90,7 +106,7 @@ class Postgres(Storage):
                 return await self._open_pool(url.for_asyncpg)
             except (*FAULTS, ValueError) as error:
                 why = reason(error, url.place)
-                if not passes(error) or time.monotonic() >= deadline:
+                if not is_temporary(error) or time.monotonic() >= deadline:
                     raise CannotStart(why) from None
             if not waiting:
                 logger.info("DATABASE_URL: waiting up to %.0f s: %s", self._start_seconds, why)
@@ -111,7 +127,10 @@ class Postgres(Storage):
             min_size=least,
             max_size=MAX_CONNECTIONS,
             max_inactive_connection_lifetime=IDLE_SECONDS,
-            reset=keep_as_it_is,
+            connection_class=Connection,
+            init=note_use,
+            setup=self._probe,
+            reset=note_use,
             timeout=self._timeout,
             command_timeout=self._timeout,
             statement_cache_size=0,
@@ -141,20 +160,32 @@ class Postgres(Storage):
         except (asyncpg.InsufficientPrivilegeError, asyncpg.NotNullViolationError) as error:
             raise NotPermitted(f"database: {type(error).__name__}") from None
         except FAULTS as error:
-            if isinstance(error, TimeoutError) and self._pool is not None:
+            if isinstance(error, TimeoutError):
                 # The path to the server may be gone, and all connections with it.
-                await self._pool.expire_connections()
+                self._doubted_at = time.monotonic()
             raise Unavailable(f"database: {type(error).__name__}") from None
 
     async def _acquire(self, pool: asyncpg.Pool) -> Any:
         while True:
             try:
                 return await pool.acquire()
+            except DroppedConnection:
+                continue
             except asyncpg.PostgresError:
                 if not pool.get_size():
                     raise
             # The server lends no more connections than these: wait for one of them.
             await asyncio.sleep(BUSY_SECONDS)
+
+    async def _probe(self, connection: Any) -> None:
+        """Raise DroppedConnection if a connection that is in doubt does not answer."""
+        if connection.used_at > max(self._doubted_at, time.monotonic() - IDLE_SECONDS):
+            return
+        try:
+            await connection.execute("SELECT 1", timeout=PROBE_SECONDS)
+        except FAULTS:
+            connection.terminate()
+            raise DroppedConnection from None
 
     def _spell(self, sql: str, create: bool) -> str:
         if (sql, create) not in self._spelled:
@@ -173,7 +204,3 @@ class Postgres(Storage):
         self._releasing.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.debug("%s: a connection was closed (%s)", self.description, type(error).__name__)
-
-
-async def keep_as_it_is(_: object) -> None:
-    """Spare the round trip by which asyncpg resets a connection: the statements above change no setting."""

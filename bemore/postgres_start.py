@@ -13,7 +13,10 @@ from bemore.storage import ADD_TURN, ADMIT, CONVERSATIONS, MARK_AT_RISK, PING, S
 from bemore.tables import BIGINT, BOOLEAN, NEEDED, NUMBER, TEXT, TIME, is_earlier_version, missing_column
 
 FAULTS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-WAY_OUT = "?options=-csearch_path%3Dvoice at the end of DATABASE_URL gives this server tables in a schema of its own"
+WAY_OUT = (
+    "For tables in a schema of its own, append ?options=-csearch_path%3Dvoice to DATABASE_URL"
+    " (& in place of ? if it has parameters)"
+)
 
 # Any constant will do. Replicas that start together on an empty database take turns by it.
 SCHEMA_LOCK = 0x62656D6F7265
@@ -26,6 +29,10 @@ SELECT name, attname::text AS column, typname::text AS type, typcategory::text A
 FROM unnest($1::text[], $2::text[]) AS asked (name, place)
 JOIN pg_attribute ON attrelid = to_regclass(place) AND attnum > 0 AND NOT attisdropped
 JOIN pg_type ON pg_type.oid = atttypid ORDER BY attnum
+"""
+CASCADES = """
+SELECT EXISTS (SELECT FROM pg_constraint WHERE contype = 'f' AND confdeltype = 'c'
+    AND conrelid = to_regclass($1::text) AND confrelid = to_regclass($2::text))
 """
 CATEGORIES = {TEXT: "S", NUMBER: "N", BOOLEAN: "B", TIME: "D"}  # of pg_type
 
@@ -43,15 +50,19 @@ def quoted(schema: str) -> str:
     return '"' + schema.replace('"', '""') + '"'
 
 
+def table_name(table: str, schema: str) -> str:
+    return f"{quoted(schema)}.{table}" if schema else table
+
+
 def qualified(sql: str, schema: str) -> str:
     """Name the schema of each table, since a pooler in transaction mode keeps no search_path."""
-    return TABLE.sub(lambda found: f"{found[1]} {quoted(schema)}.{found[2]}", sql) if schema else sql
+    return TABLE.sub(lambda found: f"{found[1]} {table_name(found[2], schema)}", sql)
 
 
 # Why a connection fails
 
 
-def passes(error: Exception) -> bool:
+def is_temporary(error: Exception) -> bool:
     """Tell whether an error may be over in a moment: the server starts, restarts, or has lent all its connections."""
     if isinstance(error, asyncpg.PostgresError):
         return (error.sqlstate or "")[:2] in ("08", "53", "57") and "startup parameter" not in str(error)
@@ -66,7 +77,7 @@ def offers_no_tls(error: Exception) -> bool:
     return "rejected SSL upgrade" in str(error)
 
 
-def told(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Return the first line of what Postgres or asyncpg says; neither quotes a password."""
     return str(error).partition("\n")[0].rstrip(".")
 
@@ -93,8 +104,8 @@ def reason(error: Exception, place: str) -> str:
         case asyncpg.InvalidCatalogNameError():
             return f"no such database: {place}"
         case asyncpg.PostgresError():
-            return f"{place} refuses: {told(error)}"
-    return told(error)
+            return f"{place} refuses: {message_of(error)}"
+    return message_of(error)
 
 
 # Tables
@@ -108,18 +119,23 @@ async def prepare_tables(connection: Any, schema: str) -> None:
             raise CannotStart(f"the table {table} belongs to another program: {fault}. {WAY_OUT}")
     if not all(columns and not is_earlier_version(table, columns.keys()) for table, columns in found.items()):
         await apply_schema(connection, schema)
+    for table in NEEDED.keys() - {"sessions"}:
+        if not await connection.fetchval(CASCADES, table_name(table, schema), table_name("sessions", schema)):
+            raise CannotStart(
+                f"the table {table} has no foreign key to sessions ON DELETE CASCADE,"
+                " so that erasing a session would leave what it said. See schema.sql"
+            )
     for sql, values in TURN:
         try:
             await connection.fetch(f"EXPLAIN {qualified(sql, schema)}", *values)
         except asyncpg.PostgresError as error:
-            raise CannotStart(f"its tables cannot be used: {told(error)}. {WAY_OUT}") from None
+            raise CannotStart(f"its tables cannot be used: {message_of(error)}. {WAY_OUT}") from None
 
 
 async def columns_found(connection: Any, schema: str) -> dict[str, dict[str, Any]]:
     """Return the columns of each of our tables, by name; none where there is no such table."""
     found: dict[str, dict[str, Any]] = {table: {} for table in NEEDED}
-    places = [f"{quoted(schema)}.{table}" if schema else table for table in NEEDED]
-    for row in await connection.fetch(COLUMNS, list(NEEDED), places):
+    for row in await connection.fetch(COLUMNS, list(NEEDED), [table_name(table, schema) for table in NEEDED]):
         found[row["name"]][row["column"]] = row
     return found
 
@@ -152,4 +168,4 @@ async def apply_schema(connection: Any, schema: str) -> None:
         await connection.execute(";\n".join(steps), timeout=SCHEMA_SECONDS)
     except asyncpg.PostgresError as error:
         where = f"the schema {schema}" if schema else "its tables"
-        raise CannotStart(f"cannot create {where}: {told(error)}. {'' if schema else WAY_OUT}".rstrip()) from None
+        raise CannotStart(f"cannot create {where}: {message_of(error)}. {'' if schema else WAY_OUT}".rstrip()) from None

@@ -10,7 +10,7 @@ from bemore.storage import Storage, Unavailable
 
 logger = logging.getLogger("bemore_voice")
 
-FIRST_SECONDS, EVERY_SECONDS = 10, 3600  # after the start, and then
+FIRST_SECONDS, EVERY_SECONDS = 2, 3600  # after the start, and then
 BATCH_PAUSE_SECONDS = 0.1  # in which other statements have their turn
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 
 from dotenv import dotenv_values
 
@@ -28,7 +29,8 @@ class Settings:
     gemini_fallback_model: str
     gemini_max_output_tokens: int
     gemini_thinking_level: str
-    jwt_secret_key: str = field(repr=False)
+    # The first secret signs, all verify.
+    jwt_secret_key: tuple[str, ...] = field(repr=False)
     require_session_token: bool
     session_ttl_hours: float
     allowed_origins: frozenset[str]
@@ -40,6 +42,7 @@ class Settings:
     barge_in: bool
     auto_create_sessions: bool
     demo_mode: bool
+    notice_url: str
     first_chunk_timeout_seconds: float
     chunk_timeout_seconds: float
     reply_timeout_seconds: float
@@ -57,7 +60,7 @@ class Settings:
 
     @property
     def weak_secret(self) -> bool:
-        return 0 < len(self.jwt_secret_key.encode()) < MIN_SECRET_BYTES
+        return any(len(secret.encode()) < MIN_SECRET_BYTES for secret in self.jwt_secret_key)
 
 
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -70,7 +73,11 @@ class SettingsReader:
         self._values = values
 
     def text(self, name: str, default: str = "") -> str:
-        return self._values.get(name, "").strip() or default
+        value = self._values.get(name, "").strip()
+        # docker --env-file leaves the quotes around a value.
+        if re.fullmatch(r"\"[^\"]*\"|'[^']*'", value):
+            value = value[1:-1].strip()
+        return value or default
 
     def matching(self, name: str, default: str, pattern: str, takes: str, *, secret: bool = False) -> str:
         value = self.text(name, default)
@@ -99,6 +106,9 @@ class SettingsReader:
         if value not in SWITCHES:
             raise ConfigError(f"{name}: takes one of {' '.join(SWITCHES)}, got {value!r}")
         return SWITCHES[value]
+
+    def secrets(self, name: str) -> tuple[str, ...]:
+        return tuple(secret for part in self.text(name).split(",") if (secret := part.strip()))
 
     def origins(self, name: str, default: str) -> frozenset[str]:
         origins = frozenset(part.strip().rstrip("/").lower() for part in self.text(name, default).split(","))
@@ -135,7 +145,7 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         gemini_max_output_tokens=read.integer("GEMINI_MAX_OUTPUT_TOKENS", 200, 1, 65536),
         # The one setting whose empty value is not its default: it sends no level at all.
         gemini_thinking_level=values.get("GEMINI_THINKING_LEVEL", "minimal").strip().lower(),
-        jwt_secret_key=read.text("JWT_SECRET_KEY"),
+        jwt_secret_key=read.secrets("JWT_SECRET_KEY"),
         require_session_token=read.switch("REQUIRE_SESSION_TOKEN", False),
         session_ttl_hours=read.number("SESSION_TTL_HOURS", 24, 0.01, 8760),
         allowed_origins=read.origins("ALLOWED_ORIGINS", "http://localhost:5173"),
@@ -147,6 +157,7 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         barge_in=read.switch("BARGE_IN", False),
         auto_create_sessions=read.switch("AUTO_CREATE_SESSIONS", database_url.startswith("sqlite:")),
         demo_mode=read.switch("DEMO_MODE", False),
+        notice_url=read.matching("NOTICE_URL", "", r"(https?://[^\s/]\S*)?", "an http(s) URL"),
         first_chunk_timeout_seconds=read.number("FIRST_CHUNK_TIMEOUT_SECONDS", 15, 0.01, 600),
         chunk_timeout_seconds=read.number("CHUNK_TIMEOUT_SECONDS", 10, 0.01, 600),
         reply_timeout_seconds=read.number("REPLY_TIMEOUT_SECONDS", 60, 0.01, 600),
@@ -161,6 +172,14 @@ def read_settings(values: Mapping[str, str]) -> Settings:
     if settings.demo and not settings.demo_mode and not settings.sqlite:
         raise ConfigError("GEMINI_API_KEY: needed with Postgres, or DEMO_MODE=1 for canned replies")
     return settings
+
+
+def similar_settings(names: Iterable[str]) -> dict[str, str]:
+    """Return the names that are no setting but resemble one, each with that setting."""
+    known = [field.name.upper() for field in fields(Settings)]
+    unknown = set(names) - set(known)
+    found = {name: difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8) for name in sorted(unknown)}
+    return {name: close[0] for name, close in found.items() if close}
 
 
 def read_dotenv() -> dict[str, str]:

@@ -70,15 +70,15 @@ class SQLite(Storage):
         return self
 
     async def _prepare(self, db: aiosqlite.Connection) -> None:
+        await self._refuse_foreign(db)
         # With synchronous = NORMAL a commit outlives this process at once, and a power failure a moment later.
         for setting in ("journal_mode = WAL", "foreign_keys = ON", "secure_delete = ON", "synchronous = NORMAL"):
             await db.execute(f"PRAGMA {setting}")
         await self._apply_schema(db)
         await self._empty_log()  # a process that was killed may have left there what it erased
 
-    async def _apply_schema(self, db: aiosqlite.Connection) -> None:
-        """Apply schema.sql in SQLite's spelling, in one transaction; a table of another program is not altered."""
-        await db.execute("BEGIN IMMEDIATE")
+    async def _refuse_foreign(self, db: aiosqlite.Connection) -> None:
+        """Raise CannotStart if a table belongs to another program, before anything is changed."""
         for table in NEEDED:
             columns = await self._columns(db, table)
             if columns and (missing := missing_column(table, columns)) is not None:
@@ -86,6 +86,10 @@ class SQLite(Storage):
                     f"{self._path} belongs to another program: its table {table} has no column {missing}."
                     " Name another file"
                 )
+
+    async def _apply_schema(self, db: aiosqlite.Connection) -> None:
+        """Apply schema.sql in SQLite's spelling, in one transaction."""
+        await db.execute("BEGIN IMMEDIATE")
         for statement in respelled(re.sub("--.*", "", SCHEMA.read_text(encoding="utf-8")), SCHEMA_SPELLINGS).split(";"):
             if added := ADD_COLUMN.search(statement):
                 table, column, definition = added.groups()
@@ -152,11 +156,13 @@ class SQLite(Storage):
             await self._connection.execute(f"PRAGMA busy_timeout = {READER_PATIENCE_MS}")
             try:
                 ((busy, *_),) = await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error:
+                busy = True
             finally:
                 await self._connection.execute(f"PRAGMA busy_timeout = {self._timeout * 1000:.0f}")
         if busy:
             logger.warning(
-                "%s: another program reads the file, so that %s-wal may hold what was erased"
+                "%s: %s-wal cannot be emptied while another program reads the file; it may hold what was erased"
                 " until the next deletion or the end of this process",
                 self.description,
                 Path(self._path).name,

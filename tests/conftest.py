@@ -160,6 +160,14 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url if request.param == "postgres" else str(request.getfixturevalue("pgbouncer"))
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def engine_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, on each engine."""
+    return (
+        f"sqlite:///{tmp_path}/test.db" if request.param == "sqlite" else str(request.getfixturevalue("postgres_url"))
+    )
+
+
 @pytest.fixture
 def counsellor() -> Iterator[ScriptedCounsellor]:
     scripted = ScriptedCounsellor()

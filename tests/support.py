@@ -10,20 +10,23 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import jwt
 from aiohttp import WSMsgType, web
 from tools import PATIENCE, until
+from yarl import URL
 
+from bemore.client import Client
 from bemore.counsellor import Counsellor, Notice, Prompt, Say
 from bemore.settings import Settings, read_settings
 from bemore.storage import Storage, Unavailable
-from bemore_voice import SESSIONS, Session, Sessions, create_app, make_counsellor, make_runner, make_storage
+from bemore_voice import SESSIONS, Limits, Sessions, create_app, make_counsellor, make_runner, make_storage
 
 # What people say in the tests, for as long as one runs: conftest.py looks for it in every log line and, after erasing,
 # in every table and file. Shorter words are found by chance.
@@ -184,6 +187,7 @@ class ScriptedCounsellor(Counsellor):
     """A counsellor whose replies the test holds in its hand; unscripted ones say the message back in two words."""
 
     name = "scripted"
+    kind = "gemini"
 
     def __init__(self) -> None:
         self.talks: deque[Talk] = deque()
@@ -213,6 +217,7 @@ class Frontend:
         self.frames: list[Frame] = []
         self._http, self._url, self._options = http, url, options
         self._ws: aiohttp.ClientWebSocketResponse | None = None
+        self._abandoned: list[aiohttp.ClientWebSocketResponse | None] = []
         self._seen: set[int] = set()
         self._last_seq = 0  # on this connection
 
@@ -231,6 +236,12 @@ class Frontend:
         self._last_seq = 0
         return self
 
+    async def reconnect(self, address: tuple[str, int]) -> None:
+        """Connect to the same session at another address; the connection before stays as it is."""
+        self._abandoned.append(self._ws)
+        self._url = str(URL(self._url).with_host(address[0]).with_port(address[1]))
+        await self.open()
+
     async def close(self) -> None:
         if self._ws is not None:
             await self._ws.close()
@@ -241,11 +252,11 @@ class Frontend:
         await self.ws.close()
 
     async def send(self, kind: str, data: object = None, **beside: object) -> None:
-        await self.ws.send_str(json.dumps({"type": kind, "data": data, **beside}))
+        await self.ws.send_str(json.dumps({"type": kind, "data": data, **beside}, ensure_ascii=False))
 
     async def send_together(self, *frames: Sent) -> None:
         """Send frames in one packet."""
-        texts = [json.dumps({"type": kind, "data": data}) for kind, data in frames]
+        texts = [json.dumps({"type": kind, "data": data}, ensure_ascii=False) for kind, data in frames]
         packet = b"".join(masked(text.encode()) for text in texts)
         os.write(self.ws.get_extra_info("socket").fileno(), packet)
 
@@ -308,13 +319,6 @@ class Frontend:
         return self.ws.close_code
 
 
-Client = Frontend  # its name before
-
-
-async def send_together(client: Frontend, *frames: Sent) -> None:
-    await client.send_together(*frames)
-
-
 def masked(payload: bytes, opcode: int = WSMsgType.TEXT, *, fin: bool = True, mask: bool = True) -> bytes:
     """Return a frame as a client sends it; a mask of zeros leaves the payload as it is."""
     size, extended = len(payload), b""
@@ -344,7 +348,8 @@ def handshake(path: str, **headers: str) -> bytes:
     key = base64.b64encode(os.urandom(16)).decode()
     lines = {"Host": "127.0.0.1", "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     lines |= {"Sec-WebSocket-Key": key, **{name.replace("_", "-"): value for name, value in headers.items()}}
-    return f"GET {path} HTTP/1.1\r\n".encode() + b"".join(f"{k}: {v}\r\n".encode() for k, v in lines.items()) + b"\r\n"
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"GET {quote(path, safe='/?=&%')} HTTP/1.1\r\n{head}\r\n".encode()
 
 
 class RawPeer(asyncio.Protocol):
@@ -363,8 +368,14 @@ class RawPeer(asyncio.Protocol):
         self._frames: deque[tuple[int, bytes]] = deque()
 
     @classmethod
-    async def connect(cls, address: tuple[str, int]) -> Self:
-        _, peer = await asyncio.get_running_loop().create_connection(cls, *address)
+    async def connect(cls, address: tuple[str, int], *, receive_bytes: int = 0) -> Self:
+        """Connect; the kernel takes no more than `receive_bytes` for a peer that does not read, where it is set."""
+        loop, connection = asyncio.get_running_loop(), socket.socket()
+        if receive_bytes:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.setblocking(False)
+        await loop.sock_connect(connection, address)
+        _, peer = await loop.create_connection(cls, sock=connection)
         return peer
 
     async def open(self, path: str, **headers: str) -> None:
@@ -514,9 +525,6 @@ class Server:
         finally:
             peer.abort()
 
-    def session(self, session_id: str = "가") -> Session:
-        return self.runner.app[SESSIONS].get(session_id)
-
     @property
     def faults(self) -> FaultyStorage:
         """Return the storage as that into which a test puts faults."""
@@ -530,12 +538,17 @@ class Server:
     # What a test waits for, and no frame tells
 
     async def until_idle(self, session_id: str = "가") -> None:
-        """Wait until nothing of the session is answered, and nothing waits for the database."""
-        await until(lambda: (session := self.sessions.known(session_id)) is None or session.task is None)
+        """Wait until nothing of the session is answered, sent or stored."""
+        await until(lambda: (session := self.sessions.find(session_id)) is None or session.idle)
 
-    async def until_left(self, session_id: str = "가", sockets: int = 0) -> None:
-        """Wait until the session has no more sockets than these."""
-        await until(lambda: (session := self.sessions.known(session_id)) is None or len(session.sockets) == sockets)
+    def clients(self, session_id: str = "가") -> set[Client]:
+        """Return the server's ends of the session's sockets."""
+        session = self.sessions.find(session_id)
+        return session.clients if session is not None else set()
+
+    async def until_left(self, session_id: str = "가") -> None:
+        """Wait until the session has no sockets."""
+        await until(lambda: not self.clients(session_id))
 
     async def until_forgotten(self) -> None:
         """Wait until no session is kept in memory."""
@@ -546,8 +559,10 @@ class Server:
         """Stop the server as on SIGTERM; in the block no new connection is let in."""
         ending = asyncio.create_task(self.runner.cleanup())
         await until(lambda: self.sessions.draining)
-        yield
-        await ending
+        try:
+            yield
+        finally:
+            await ending
 
     async def rows(self, session_id: str = "가") -> list[tuple[Any, ...]]:
         """What is stored: message, reply, emotion and timestamp of each turn."""
@@ -563,24 +578,34 @@ class Server:
 
 @asynccontextmanager
 async def serve(
-    settings: Settings, counsellor: Counsellor, storage: Storage | None = None, port: int = 0, **options: Any
+    settings: Settings,
+    counsellor: Counsellor,
+    storage: Storage | None = None,
+    port: int = 0,
+    send_bytes: int = 0,
+    **options: Any,
 ) -> AsyncIterator[Server]:
+    """Run a server; the kernel takes no more than `send_bytes` for a client that does not read, where it is set."""
     storage = storage or make_storage(settings)
     runner = make_runner(create_app(settings, storage, counsellor, **options))
+    listener = socket.create_server(("127.0.0.1", port))
+    if send_bytes:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
     try:
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
+        await web.SockSite(runner, listener).start()
         async with aiohttp.ClientSession() as http:
             yield Server(runner, storage, http)
     finally:
         await runner.cleanup()
+        listener.close()
 
 
 class Serving:
     """Starts servers for a test: ``async with serving(BARGE_IN=1) as server``.
 
-    Settings are written in capitals; a database's URL stands in place of a SQLite file, and what create_app() takes
-    besides is passed on to it. Without a counsellor the settings choose one. A test puts faults into `server.faults`.
+    Settings are written in capitals; a database's URL stands in place of a SQLite file. Without a counsellor the
+    settings choose one. A test puts faults into `server.faults`.
     """
 
     def __init__(self, folder: Path, counsellor: Counsellor | None = None, **values: object) -> None:
@@ -589,11 +614,18 @@ class Serving:
         self._values = {"MAX_AI_REQUESTS_PER_MINUTE": 6000, "AUTO_CREATE_SESSIONS": 1, **values}
 
     def __call__(
-        self, url: str = "", *, options: Mapping[str, Any] | None = None, **values: object
+        self,
+        url: str = "",
+        *,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.time,
+        send_bytes: int = 0,
+        **values: object,
     ) -> AbstractAsyncContextManager[Server]:
         settings = make_settings(url or self._url, **{**self._values, **values})
         counsellor = self._counsellor or make_counsellor(settings)
-        return serve(settings, counsellor, FaultyStorage(make_storage(settings)), **(options or {}))
+        storage = FaultyStorage(make_storage(settings))
+        return serve(settings, counsellor, storage, send_bytes=send_bytes, limits=limits, clock=clock)
 
 
 class Wire:
@@ -603,6 +635,7 @@ class Wire:
         self._open_target = open_target
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self._stranded: list[asyncio.Event] = []
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self.down = False
@@ -623,6 +656,7 @@ class Wire:
     def strand(self) -> None:
         """Freeze the connections there are for good, and let new ones through."""
         self._flowing.clear()
+        self._stranded.append(self._flowing)
         self._flowing = asyncio.Event()
         self._flowing.set()
 
@@ -652,6 +686,7 @@ class Wire:
         except OSError:
             pass
         finally:
+            await flowing.wait()
             writer.close()
 
     def freeze(self) -> None:
@@ -662,7 +697,8 @@ class Wire:
         """Reset all connections; return how many."""
         for writer in self._writers:
             writer.transport.abort()
-        self._flowing.set()
+        for flowing in (*self._stranded, self._flowing):
+            flowing.set()
         return len(self._writers) // 2
 
 

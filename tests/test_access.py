@@ -1,21 +1,33 @@
 """Who may connect, as rules over strings."""
 
+import jwt
 import pytest
 
 from bemore.access import (
-    AddressLimit,
+    fresh_token,
     is_loopback,
     is_own_name,
-    is_token_for,
+    is_session_id,
     is_welcome,
     issue_token,
     last_forwarded,
     rate_limit_key,
+    token_expiry,
     token_in,
 )
 
 APP = "https://app.example"
 SECRET = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize("text", ["a", "test-session-123", "한글 세션", "a" * 255, "가" * 255, "a/b", "..%2F", "'--"])
+def test_a_session_id_is_printable_text(text: str) -> None:
+    assert is_session_id(text)
+
+
+@pytest.mark.parametrize("text", ["", "a" * 256, "가" * 256, "\0", "a\nb", "a\x7fb", "\u202e", "\xa0", "\ud800"])
+def test_any_other_text_is_no_session_id(text: str) -> None:
+    assert not is_session_id(text)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +41,9 @@ SECRET = "0123456789abcdef0123456789abcdef"
         ("null", "http://127.0.0.1:8000", True, False),
         ("http://app.example", "http://127.0.0.1:8000", True, False),  # another scheme
         ("https://app.example:444", "http://127.0.0.1:8000", True, False),  # another port
+        ("https://app.example.evil.example", "http://127.0.0.1:8000", True, False),
+        ("HTTPS://APP.EXAMPLE", "http://127.0.0.1:8000", True, False),  # browsers write lower case
+        ("", "http://127.0.0.1:8000", True, False),
         ("http://evil.example", "http://evil.example", True, False),  # a name that points here
         (None, "http://evil.example", True, False),
         ("http://voice.example", "http://voice.example", False, True),
@@ -115,35 +130,47 @@ def test_of_a_forwarded_header_only_the_last_word_counts() -> None:
     assert last_forwarded([]) == ""
 
 
-def test_an_address_has_a_minutes_worth_at_once_and_then_one_at_a_time() -> None:
-    now = [1000.0]
-    limit = AddressLimit(3, lambda: now[0])
-    assert [limit.take("10.0.0.1") for _ in range(4)] == [0, 0, 0, 20]
-    assert limit.take("10.0.0.2") == 0
-    now[0] += 19.5
-    assert limit.take("10.0.0.1") == 1
-    now[0] += 0.5
-    assert [limit.take("10.0.0.1") for _ in range(2)] == [0, 20]
+GOOD = {"sub": "가", "exp": 1}
 
 
-def test_an_address_that_is_quiet_again_is_forgotten() -> None:
-    now = [0.0]
-    limit = AddressLimit(60, lambda: now[0])
-    for number in range(1000):
-        assert limit.take(f"10.0.0.{number}") == 0
-    assert len(limit) == 1000
-    now[0] += 2
-    assert limit.take("10.0.0.0") == 0
-    assert len(limit) == 1
+def test_a_token_tells_when_it_expires_also_afterwards() -> None:
+    assert token_expiry("가", issue_token(SECRET, "가", 1), [SECRET]) == 1
 
 
-def test_a_token_is_good_for_its_session_alone() -> None:
+@pytest.mark.parametrize(
+    "token",
+    [
+        jwt.encode({**GOOD, "sub": "나"}, SECRET, algorithm="HS256"),
+        jwt.encode(GOOD, SECRET[::-1], algorithm="HS256"),
+        jwt.encode(GOOD, "", algorithm="none"),
+        jwt.encode(GOOD, SECRET * 2, algorithm="HS512"),
+        jwt.encode({"exp": 1}, SECRET, algorithm="HS256"),
+        jwt.encode({"sub": "가"}, SECRET, algorithm="HS256"),
+        jwt.encode({**GOOD, "exp": "1"}, SECRET, algorithm="HS256"),
+        issue_token(SECRET, "가", 1) + "x",
+        "x",
+        "",
+        "가.나.다",
+        "\udcff\udcfe.a.b",
+    ],
+)
+def test_any_other_token_is_not_the_sessions(token: str) -> None:
+    assert token_expiry("가", token, [SECRET]) is None
+    assert fresh_token("가", token, [SECRET], ttl_seconds=100, now=0) == ""
+
+
+def test_after_a_rotation_tokens_of_the_old_secret_are_still_ours() -> None:
     token = issue_token(SECRET, "가", 2**40)
-    assert is_token_for("가", token, SECRET)
-    assert not is_token_for("나", token, SECRET)
-    assert not is_token_for("가", token, SECRET[::-1])
-    assert not is_token_for("가", issue_token(SECRET, "가", 1), SECRET)  # long over
-    assert not is_token_for("가", "", SECRET)
+    assert token_expiry("가", token, [SECRET[::-1], SECRET]) == 2**40
+
+
+@pytest.mark.parametrize(("left", "due"), [(101, False), (51, False), (50, False), (49, True), (-1, True)])
+def test_a_token_is_renewed_once_less_than_half_of_its_life_is_left(left: int, due: bool) -> None:
+    token = issue_token(SECRET, "가", 1000 + left)
+    fresh = fresh_token("가", token, [SECRET[::-1], SECRET], ttl_seconds=100, now=1000)
+    assert bool(fresh) is due
+    if due:
+        assert token_expiry("가", fresh, [SECRET[::-1]]) == 1100
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 import bemore.conversation
-from bemore.conversation import Conversation, Mark, Phase, Store, Turn, Utterance
-from bemore.outbox import ErrorCode, Failure, Frame, Kind, Peer, Ping, Send
+from bemore.outbox import Frame, Peer
 
 FIRST = {signal: f"<first {signal}>" for signal in ("explicit", "indirect", "violence")}
 SHORT = {signal: f"<short {signal}>" for signal in FIRST}

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from bemore.counsellor import Emotion, Notice, Prompt, PastTurn
+from bemore.counsellor import Emotion, Notice, PastTurn, Prompt
 from bemore.demo import REPLIES, RISK_REPLIES, Demo, demo_reply
 
 

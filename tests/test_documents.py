@@ -20,7 +20,7 @@ from documents import DOCUMENTS, ROOT, blocks, names, prose, rows, section, tabl
 from dotenv import dotenv_values
 from jsonschema import Draft202012Validator
 from playwright.async_api import async_playwright
-from support import SECRET, Client, ScriptedCounsellor, Server, make_settings, serve, token_for
+from support import SECRET, Frontend, ScriptedCounsellor, Server, make_settings, serve, token_for
 
 from bemore.api import HTTP_ERRORS
 from bemore.counsellor import Emotion, Failed
@@ -86,7 +86,7 @@ def test_every_setting_that_is_named_exists(document: Path) -> None:
 
 
 @asynccontextmanager
-async def connected(counsellor: ScriptedCounsellor, token: str = "", **values: Any) -> AsyncIterator[Client]:
+async def connected(counsellor: ScriptedCounsellor, token: str = "", **values: Any) -> AsyncIterator[Frontend]:
     async with serve(make_settings(**values), counsellor) as server:
         async with server.connect(params={"token": token} if token else {}) as client:
             yield client

@@ -10,11 +10,12 @@ ROOT = Path(__file__).parent.parent
 # What each leaf may load, besides itself.
 MAY_LOAD: dict[str, set[str]] = {
     "access": set(),
-    "api": {"access", "counsellor", "connections", "log", "settings", "storage"},
+    "api": {"access", "counsellor", "connections", "log", "refusals", "settings", "storage"},
     "care": set(),
     "connections": set(),
     "counsellor": set(),
     "log": set(),
+    "refusals": {"access", "counsellor", "connections", "log", "settings", "storage"},
     "settings": set(),
     "demo": {"counsellor"},
     "gemini": {"counsellor"},

@@ -26,7 +26,7 @@ from support import (
     CANARY,
     ENDS,
     SECRET,
-    Client,
+    Frontend,
     Program,
     hear,
     is_listening,
@@ -216,7 +216,7 @@ class Person:
     def __init__(self, site: Site, session_id: str) -> None:
         self.site = site
         self.session_id = session_id
-        self.client = Client(site.http, f"{site.url}/ws/session/{session_id}")
+        self.client = Frontend(site.http, f"{site.url}/ws/session/{session_id}")
         self.codes: list[int | None] = []  # with which sockets were closed
         self.asked_again = 0
         self.looked_up = 0
@@ -506,7 +506,7 @@ async def test_headers_of_the_handshake_get_through(gemini: GeminiStandIn, two_r
             {"headers": {"Origin": site.url}, "params": {"token": token}},
         ]
         for option in options:
-            client = await Client(site.http, url, **option).open()
+            client = await Frontend(site.http, url, **option).open()
             await client.silent()
             await client.ask(CANARY)
             assert text_of(await client.reply()) == REPLY
@@ -559,7 +559,7 @@ def headers_of_the_frontend(**more: str) -> dict[str, str]:
     return {
         "Origin": FRONTEND_ORIGIN,
         "X-Request-ID": "req_1763000000000_1a2b3c4d",
-        "X-Client-Version": "1.2.0",
+        "X-Frontend-Version": "1.2.0",
         "X-Device-ID": "device_1a2b3c4d",
         "X-Timestamp": "1763000000000",
         "X-CSRF-Token": "csrf",
@@ -646,7 +646,7 @@ async def test_talk_of_the_frontend_reaches_this_server(tmp_path: Path, certific
         talk = f"{site.url}/api/sessions/{session_id}"
         token = token_for(session_id, iat=int(time.time()))
         options = {"params": {"token": token}, "origin": FRONTEND_ORIGIN}
-        client = await Client(site.http, f"{site.url}/ws/session/{session_id}", **options).open()
+        client = await Frontend(site.http, f"{site.url}/ws/session/{session_id}", **options).open()
         for text in ('{"type":"ping"}', '{"type":"ping"}'):
             await client.ws.send_str(text)
             assert (await client.frame())["type"] == "pong"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bemore.settings import ConfigError, Settings, read_settings
+from bemore.settings import ConfigError, Settings, read_settings, similar_settings
 
 
 def test_without_any_setting_a_hobbyist_gets_sqlite_and_the_demo() -> None:
@@ -76,6 +76,9 @@ def test_demo_mode_wins_over_a_key() -> None:
         ("CHUNK_TIMEOUT_SECONDS", "inf"),
         ("REPLY_TIMEOUT_SECONDS", "-5"),
         ("DATABASE_TIMEOUT_SECONDS", "5s"),
+        ("NOTICE_URL", "/privacy"),
+        ("NOTICE_URL", "javascript:alert(1)"),
+        ("NOTICE_URL", "https://app.example/a b"),
         ("LOG_LEVEL", "loud"),
     ],
 )
@@ -92,7 +95,7 @@ def test_postgres_without_a_key_is_refused() -> None:
         read_settings({"DATABASE_URL": "postgres://u:hush@h/d"})
 
 
-@pytest.mark.parametrize("secret", ["", "short"])
+@pytest.mark.parametrize("secret", ["", "short", f"{'long' * 8},short"])
 def test_required_tokens_need_a_secret_of_32_bytes(secret: str) -> None:
     with pytest.raises(ConfigError, match=r"^JWT_SECRET_KEY: "):
         read_settings({"REQUIRE_SESSION_TOKEN": "1", "JWT_SECRET_KEY": secret})
@@ -107,3 +110,30 @@ def test_secrets_do_not_show_in_a_repr() -> None:
 
 def test_seconds_may_be_fractions() -> None:
     assert read_settings({"CHUNK_TIMEOUT_SECONDS": "0.25"}).chunk_timeout_seconds == 0.25
+
+
+def test_several_secrets_are_separated_by_commas() -> None:
+    settings = read_settings({"JWT_SECRET_KEY": f" {'a' * 32} ,{'b' * 32},"})
+    assert settings.jwt_secret_key == ("a" * 32, "b" * 32)
+    assert not settings.weak_secret
+
+
+@pytest.mark.parametrize(("secrets", "weak"), [("", False), ("a" * 31, True), (f"{'a' * 32},b", True)])
+def test_each_secret_is_checked_for_weakness(secrets: str, weak: bool) -> None:
+    assert read_settings({"JWT_SECRET_KEY": secrets}).weak_secret is weak
+
+
+def test_quotes_around_a_value_are_no_part_of_it() -> None:
+    assert read_settings({"GEMINI_API_KEY": '"AIza"'}).gemini_api_key == "AIza"
+    assert read_settings({"PORT": "'80'"}).port == 80
+    assert read_settings({"GEMINI_API_KEY": "'AIza\""}).gemini_api_key == "'AIza\""
+
+
+def test_the_page_of_a_privacy_notice_is_an_http_url() -> None:
+    assert read_settings({}).notice_url == ""
+    assert read_settings({"NOTICE_URL": "https://app.example/privacy?l=ko"}).notice_url.endswith("?l=ko")
+
+
+def test_names_that_resemble_a_setting_are_found() -> None:
+    found = similar_settings(["GEMINI_KEY", "ALLOWED_ORIGIN", "port", "PORT", "PATH", "HOSTNAME", "POSTGRES_PASSWORD"])
+    assert found == {"GEMINI_KEY": "GEMINI_API_KEY", "ALLOWED_ORIGIN": "ALLOWED_ORIGINS", "port": "PORT"}

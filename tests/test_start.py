@@ -1,17 +1,19 @@
 """The program as it is started: one start line, one-line errors, a clean end."""
 
+import ast
 import asyncio
 import re
 import resource
 import signal
 import socket
 import sqlite3
+import sys
 from pathlib import Path
 
 import aiohttp
 import pytest
 from standin import GeminiStandIn
-from support import kinds_of, start, started, text_of
+from support import MODULE, kinds_of, start, started, text_of
 
 
 async def test_a_hobbyist_starts_it_without_any_setting_and_talks(tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ async def test_it_starts_with_gemini_and_postgres_and_logs_neither_key_nor_passw
 async def test_it_says_which_models_answer(tmp_path: Path, gemini: GeminiStandIn) -> None:
     values = {"GEMINI_API_KEY": "k", "GEMINI_BASE_URL": gemini.url, "GEMINI_MODEL": "m-1"}
     async with started(tmp_path, **values, GEMINI_FALLBACK_MODEL="m-2") as program, aiohttp.ClientSession() as http:
-        assert program.log.rstrip().endswith(", model m-1, fallback m-2")
+        assert program.log.rstrip().endswith(', model m-1, fallback m-2"')
         async with http.get(f"http://127.0.0.1:{program.port}/health") as response:
             assert (await response.json())["ai"] == "m-1, fallback m-2"
 
@@ -121,7 +123,7 @@ async def test_dotenv_is_read_from_the_folder_of_the_start_and_the_environment_w
     ("values", "names"),
     [
         ({"PORT": "http"}, "PORT: takes a number from 0 to 65535, got 'http'"),
-        ({"DATABASE_URL": "postgresql://u:hush@127.0.0.1:9/d", "DEMO_MODE": "1"}, "DATABASE_URL: cannot use Postgres"),
+        ({"DATABASE_URL": "postgresql://u:hush@no.invalid/d", "DEMO_MODE": "1"}, "DATABASE_URL: no such host: "),
         ({"DATABASE_URL": "postgresql://u:hush@[oops/d", "DEMO_MODE": "1"}, "DATABASE_URL: "),
         ({"DATABASE_URL": "postgresql://u:hush@h:port/d", "DEMO_MODE": "1"}, "DATABASE_URL: "),
         ({"DATABASE_URL": "sqlite:///no/such/folder/a.db"}, "DATABASE_URL: cannot use SQLite no/such/folder/a.db"),
@@ -143,6 +145,59 @@ async def test_a_port_in_use_is_said_in_one_line(tmp_path: Path) -> None:
         async with start(tmp_path, PORT=taken.getsockname()[1]) as program:
             assert await program.end() == 2
     assert re.fullmatch(r"bemore_voice: HOST, PORT: cannot listen on 127.0.0.1:\d+ \(.*\)\n", program.log)
+
+
+async def test_a_name_in_dotenv_that_resembles_a_setting_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("GEMINI_KEY=hush\nMY_OWN=1\n", encoding="utf-8")
+    async with started(tmp_path) as program:
+        assert "GEMINI_KEY is not a setting, is GEMINI_API_KEY meant?" in program.log
+        assert not any(word in program.log for word in ("hush", "MY_OWN"))
+
+
+OLD_PYTHON = "import runpy, sys; sys.version_info = (3, 10, 12); runpy.run_path(sys.argv[1], run_name='__main__')"
+
+
+async def test_an_older_python_is_told_in_one_line_what_is_needed(tmp_path: Path) -> None:
+    async with start(tmp_path, (sys.executable, "-c", OLD_PYTHON, str(MODULE))) as program:
+        assert await program.end() == 1
+    assert program.log == "bemore_voice: needs Python 3.11 or newer, this is 3.10\n"
+    # An older Python reaches that line only if it can read the file.
+    ast.parse(MODULE.read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+# Windows has no add_signal_handler: there Ctrl-C raises KeyboardInterrupt.
+AS_ON_WINDOWS = """
+import asyncio, sys
+def add_signal_handler(*_):
+    print("unsupported", file=sys.stderr)
+    raise NotImplementedError
+asyncio.SelectorEventLoop.add_signal_handler = add_signal_handler
+sys.path.insert(0, sys.argv.pop())
+import bemore_voice
+sys.exit(bemore_voice.main())
+"""
+
+
+async def test_ctrl_c_on_windows_ends_without_a_traceback(tmp_path: Path) -> None:
+    command = (sys.executable, "-c", AS_ON_WINDOWS, str(MODULE.parent))
+    async with started(tmp_path, command) as program:
+        assert "unsupported" in program.log
+        async with program.connect() as client:
+            await client.silent()
+            program.process.send_signal(signal.SIGINT)
+            assert await client.closed() == aiohttp.WSCloseCode.GOING_AWAY
+        assert await program.end() == 0
+    assert "Traceback" not in program.log
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="without IPv6")
+async def test_two_colons_listen_on_ipv6_and_ipv4(tmp_path: Path) -> None:
+    async with start(tmp_path, HOST="::", PORT=0) as program:
+        port = (await program.wait_for(r"on http://\[::\]:(\d+), "))[1]
+        async with aiohttp.ClientSession() as http:
+            for host in ("127.0.0.1", "[::1]"):
+                async with http.get(f"http://{host}:{port}/livez") as response:
+                    assert response.status == 200
 
 
 async def test_a_dotenv_that_is_no_text_is_said_in_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Storage, on both engines by the same tests."""
 
 import asyncio
+import contextlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable
@@ -113,6 +114,25 @@ async def test_admit_creates_a_session_once_if_told_to(storage: Storage) -> None
     assert (await storage.admit("new", NOW + 6 * SECOND, 10)).at_risk
 
 
+async def test_a_bucket_of_a_clock_that_stepped_back_counts_as_empty(storage: Storage) -> None:
+    await storage.admit("s", NOW + 600 * SECOND, 10)
+    for _ in range(2):
+        assert await wait_ms(storage, NOW, 10) == 6000
+    await storage.admit("s", NOW + 6 * SECOND, 10)
+    assert await wait_ms(storage, NOW + 6 * SECOND, 10) == 6000
+
+
+async def test_a_clock_that_is_behind_another_replicas_fills_no_bucket(storage: Storage) -> None:
+    """Of two replicas whose clocks are nine seconds apart, neither gives the other a token."""
+    taken = 0
+    for quarter in range(4 * 60):
+        now = NOW + quarter * SECOND // 4
+        with contextlib.suppress(NoToken):
+            await storage.admit("s", now - 9 * SECOND * (quarter % 2), 10)
+            taken += 1
+    assert 10 < taken <= 20
+
+
 async def test_one_session_does_not_use_up_anothers_tokens(storage: Storage) -> None:
     await storage.create_session("other")
     await storage.admit("s", NOW, 1)
@@ -141,6 +161,49 @@ async def test_a_bucket_outlives_the_process(database_url: str) -> None:
 async def test_an_unknown_session_is_expired_wherever_it_is_named(storage: Storage) -> None:
     for operation in (storage.admit("unknown", NOW, 10), storage.add_turn("unknown", turn())):
         assert isinstance(await refusal(operation), UnknownSession)
+
+
+@pytest.mark.parametrize("table", ["conversations", "token_buckets"])
+async def test_ping_fails_without_a_table_that_a_turn_needs(storage: Storage, table: str) -> None:
+    await storage.ping()
+    await storage.fetch(f"ALTER TABLE {table} RENAME TO gone")
+    try:
+        assert isinstance(await refusal(storage.ping()), Unavailable)
+    finally:
+        await storage.fetch(f"ALTER TABLE gone RENAME TO {table}")
+    await storage.ping()
+
+
+def held_in(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("test.db*")) if path.suffix != ".db-shm"]
+
+
+async def test_ping_writes_nothing(storage: Storage, database_url: str, tmp_path: Path) -> None:
+    if database_url.startswith("postgres"):
+        current = "SELECT pg_current_wal_insert_lsn()::text, txid_current_snapshot()::text"
+        await storage.fetch("CHECKPOINT")
+        before = [tuple(row) for row in await storage.fetch(current)]
+        for _ in range(3):
+            await storage.ping()
+        assert [tuple(row) for row in await storage.fetch(current)] == before
+    else:
+        files = held_in(tmp_path)
+        for _ in range(3):
+            await storage.ping()
+        assert held_in(tmp_path) == files
+
+
+async def test_an_answer_after_a_failure_is_one_line_in_the_log(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "bemore_voice")
+    await storage.ping()
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            await storage.fetch("SELECT * FROM nothing")
+    await storage.ping()
+    await storage.ping()
+    assert caplog.text.count("the database answers again, after") == 1
 
 
 async def test_deleting_a_session_deletes_all_that_it_said(storage: Storage) -> None:
@@ -179,6 +242,56 @@ async def test_every_text_that_passes_the_protocol_can_be_stored(storage: Storag
 
 
 # One engine alone
+
+
+@pytest.mark.parametrize(
+    ("definition", "missing"),
+    [
+        ("sessions (id TEXT PRIMARY KEY)", "its table sessions has no column session_id"),
+        ("conversations (session_id, role, content, timestamp, created_at)", "its table conversations has no column"),
+        (
+            "conversations (id, session_id, user_message, ai_response, emotion, timestamp, created_at, role)",
+            "its table conversations has no column turn_key",
+        ),
+    ],
+)
+async def test_a_file_of_another_program_is_not_altered(tmp_path: Path, definition: str, missing: str) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "theirs.sqlite")) as other:
+        other.execute(f"CREATE TABLE {definition}")
+    with pytest.raises(CannotStart, match=missing):
+        async with open_storage(f"sqlite:///{tmp_path}/theirs.sqlite"):
+            pass
+    with contextlib.closing(sqlite3.connect(tmp_path / "theirs.sqlite")) as other:
+        made = other.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        assert made == [(f"CREATE TABLE {definition}",)]
+        assert other.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
+async def test_a_file_of_an_earlier_version_is_completed(tmp_path: Path) -> None:
+    async with open_storage(f"sqlite:///{tmp_path}/a.db") as storage:
+        await storage.create_session("s")
+        await storage.fetch("DROP INDEX idx_conversations_turn_key")
+        await storage.fetch("ALTER TABLE conversations DROP turn_key")
+        await storage.fetch("ALTER TABLE token_buckets DROP at_risk")
+    async with open_storage(f"sqlite:///{tmp_path}/a.db") as storage:
+        await storage.mark_at_risk("s")
+        await storage.add_turn("s", turn())
+        assert len(await turns(storage)) == 1
+
+
+async def test_sqlite_rolls_a_creation_back_that_was_given_up(tmp_path: Path) -> None:
+    async with open_storage(f"sqlite:///{tmp_path}/a.db") as storage:
+        for passes in range(6):
+            admitting = asyncio.create_task(storage.admit(f"{passes}", NOW, 10, create=True))
+            for _ in range(passes):
+                await asyncio.sleep(0)
+            admitting.cancel()
+            await asyncio.wait([admitting])
+            assert admitting.cancelled()
+        await storage.admit("s", NOW, 10, create=True)
+        created = {row[0] for row in await storage.fetch("SELECT session_id FROM sessions")}
+        admitted = {row[0] for row in await storage.fetch("SELECT session_id FROM token_buckets")}
+        assert created == admitted
 
 
 async def test_sqlite_is_opened_with_foreign_keys_wal_and_a_busy_timeout(tmp_path: Path) -> None:
