@@ -22,9 +22,9 @@ from jsonschema import Draft202012Validator
 from playwright.async_api import async_playwright
 from support import SECRET, Frontend, ScriptedCounsellor, Server, make_settings, serve, token_for
 
-from bemore.api import HTTP_ERRORS
 from bemore.counsellor import Emotion, Failed
 from bemore.demo import Demo
+from bemore.refusals import HTTP_ERRORS
 from bemore.settings import Settings, read_settings
 from bemore_voice import SENTENCES, create_app, make_counsellor, make_storage
 
@@ -205,7 +205,7 @@ def resolved(node: Any, *, deep: bool = True) -> Any:
 
 def test_asyncapi_document_is_valid() -> None:
     with warnings.catch_warnings(action="ignore"):  # of pydantic, about names in this library's models
-        from asyncapi3 import AsyncAPI3  # type: ignore[import-untyped]
+        from asyncapi3 import AsyncAPI3
 
     AsyncAPI3.model_validate(ASYNCAPI)
     channel = set(ASYNCAPI["channels"]["session"]["messages"])
@@ -387,6 +387,19 @@ def test_troubleshooting_has_every_refusal_that_is_logged() -> None:
                 logged.add(call.args[0].value)
     shown = [re.match(r"refused=(\w+) (?:origin=\.\.\. )?setting=\w+$", line) for line in troubleshooting()[1]]
     assert {line[1] for line in shown if line} == logged
+
+
+def test_lines_about_models_are_those_of_the_code() -> None:
+    written = {
+        template(node, {}).replace("{setting}", "GEMINI_MODEL")
+        for module in sources()
+        for node in ast.walk(module)
+        if isinstance(node, ast.Constant | ast.JoinedStr)
+    }
+    for cell, _ in rows(text_of_file("docs/models.md"), "When a model fails"):
+        for line in names(cell):
+            parts = [part.strip() for part in line.split("...")]
+            assert any(all(part in text for part in parts) for text in written), line
 
 
 # The documents
