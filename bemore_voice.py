@@ -56,6 +56,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from bemore import access
 from bemore.api import API, Api, ModelHealth, add_routes, check_access, token_of
+from bemore.attempts import TimeLimits
 from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, FORMER, SHORT, Signal, signal_in
 from bemore.client import Client
 from bemore.connections import LimitedRunner, make_site
@@ -64,6 +65,7 @@ from bemore.counsellor import Blocked, Counsellor, Emotion, Failed, Notice, Past
 from bemore.demo import Demo
 from bemore.gemini import Gemini
 from bemore.log import StrayExceptionLog, anonymous, configure_logging, describe_bug
+from bemore.openai import OpenAI
 from bemore.outbox import ErrorCode, Failure, Frame, Kind, Ping, Send
 from bemore.refusals import MAX_BODY_BYTES, HttpRefusal
 from bemore.retention import keep_erasing
@@ -983,9 +985,22 @@ def make_storage(settings: Settings) -> Storage:
 
 
 def make_counsellor(settings: Settings) -> Counsellor:
-    """Return who answers: Gemini, or the demo counsellor without a key."""
+    """Return who answers: the server at OPENAI_BASE_URL, Gemini, or the demo counsellor if neither is configured."""
     if settings.demo:
         return Demo()
+    limits = TimeLimits(
+        first_chunk=settings.first_chunk_timeout_seconds,
+        chunk=settings.chunk_timeout_seconds,
+        reply=settings.reply_timeout_seconds,
+    )
+    if settings.openai_base_url:
+        return OpenAI(
+            api_key=settings.openai_api_key,
+            base_url=settings.openai_base_url,
+            model=settings.openai_model,
+            max_output_tokens=settings.gemini_max_output_tokens,
+            limits=limits,
+        )
     return Gemini(
         api_key=settings.gemini_api_key,
         base_url=settings.gemini_base_url,
@@ -993,9 +1008,7 @@ def make_counsellor(settings: Settings) -> Counsellor:
         fallback_model=settings.gemini_fallback_model,
         max_output_tokens=settings.gemini_max_output_tokens,
         thinking_level=settings.gemini_thinking_level,
-        first_chunk_timeout=settings.first_chunk_timeout_seconds,
-        chunk_timeout=settings.chunk_timeout_seconds,
-        reply_timeout=settings.reply_timeout_seconds,
+        limits=limits,
     )
 
 
@@ -1024,6 +1037,7 @@ async def serve(settings: Settings) -> None:
         services = runner.app[SESSIONS].services
         where = services.storage.description
         answers = "demo mode, replies are canned" if settings.demo else f"model {services.counsellor.name}"
+        answers += f" at {settings.openai_base_url}" if services.counsellor.kind == "openai" else ""
         gc.freeze()  # what the imports made stays for good: without it full collections are cheap, and come in time
         logger.info("BeMore voice %s on http://%s:%d, %s, %s", __version__, host, port, where, answers)
         await stop.wait()

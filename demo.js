@@ -370,6 +370,7 @@ function giveUpSession(name) {
   turns.filter((turn) => turn.foreign || (name === "gone" && !isOpen(turn))).forEach(removeTurn);
   for (const turn of turns.filter(isOpen)) turn.phase = "waiting";
   notice(name);
+  connecting = null;
   disconnect();
   connect();
 }
@@ -383,13 +384,13 @@ let pings = 0; // without an answer so far
 let pongMs = PONG_MS; // longer where the handshake shows a slow network
 let lastSeq = 0; // over all connections: what the server sends again is not shown again
 let endedSeq = 0; // the last of a reply that ended, which a reload remembers: the frames of an open reply come again
-let replayed = false; // frames of a reply have come over this socket
 
 async function connect() {
   retryTimer = clearTimeout(retryTimer);
   if (socket || connecting || !started) return;
   const mine = (connecting = {});
   const wait = session ? 0 : await openSession();
+  if (session && !wait) await Promise.race([checkSession(), new Promise((over) => setTimeout(over, CHECK_MS))]);
   if (mine !== connecting) return;
   connecting = null;
   if (wait) connectLater(wait);
@@ -399,16 +400,12 @@ async function connect() {
 function openSocket() {
   const query = session.token ? `?token=${encodeURIComponent(session.token)}` : "";
   const opening = new WebSocket(`${location.origin.replace(/^http/, "ws")}${path("ws/session", query)}`);
-  const { id } = session;
   const since = performance.now();
   const limit = setTimeout(() => lose(opening), OPENING_MS);
-  const checked = checkSession(id);
   socket = opening;
-  replayed = false;
-  opening.onopen = async () => {
+  opening.onopen = () => {
     clearTimeout(limit);
     pongMs = Math.max(PONG_MS, 2 * (performance.now() - since));
-    await Promise.race([checked, new Promise((over) => setTimeout(over, CHECK_MS))]);
     if (opening === socket) welcomeBack();
   };
   opening.onmessage = ({ data }) => opening === socket && receive(JSON.parse(data));
@@ -419,7 +416,8 @@ function openSocket() {
 }
 
 /** Ask whether a session still exists, so that one that was erased is not made anew by its next request. */
-async function checkSession(id) {
+async function checkSession() {
+  const { id } = session;
   const { status, body } = await api("GET", path("api/sessions", `/conversations?limit=${LAST_TURNS}`));
   if (session?.id !== id) return;
   if (status === 404 || status === 401) giveUpSession(status === 404 ? "gone" : "renewed");
@@ -570,7 +568,6 @@ function receive({ type, data, seq, code, interrupted, token, retry_after_ms: re
     return;
   }
   resumeTimer = clearTimeout(resumeTimer);
-  replayed = true;
   if (seq <= lastSeq) return;
   lastSeq = seq ?? lastSeq;
   if (turn) expectFrames(turn);
@@ -657,7 +654,6 @@ function welcomeBack() {
   const turn = current();
   if (!turn) return sendNext();
   if (turn.phase === "stopping") send("cancel_ai_response");
-  else if (replayed) return;
   else if (!turn.confirmed) return resend(turn);
   resumeTimer = setTimeout(resume, RESUME_MS, turn);
 }
@@ -709,15 +705,16 @@ function overhear({ data: { id, asked, erased } }) {
   showState();
 }
 
-/** A reply that no tab of this browser asked for came from another device: its words are in what is stored. */
+/** A reply came that no open turn waited for, as another device asked: its words are in what is stored. */
 async function completeForeign(turn) {
   if (turn.messages.length) return;
   const { body } = await api("GET", path("api/sessions", "/conversations?limit=1"));
   const stored = body.conversations?.[0];
   if (!stored || !turns.includes(turn)) return;
-  if (turns.some(({ timestamp }) => timestamp === stored.timestamp)) return removeTurn(turn); // it was shown before a reload
-  Object.assign(turn, storedTurn(stored));
-  drawTurn(turn);
+  const known = turns.find(({ timestamp }) => timestamp === stored.timestamp); // given up, or shown before a reload
+  if (known) removeTurn(turn);
+  Object.assign(known ?? turn, storedTurn(stored), { problem: "" });
+  drawTurn(known ?? turn);
 }
 
 // ---- Voice out ----

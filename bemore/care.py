@@ -1,7 +1,8 @@
-"""What in a person's words asks for a helpline, and the prepared sentences that answer it.
+"""The word detector, which finds the words that ask for a helpline, and the helpline sentences that answer them.
 
-A linear model over short runs of letters decides: care/train.py learns it from the labelled sentences in care/, and
-docs/safety.md says what it finds and what it misses. ``python -m bemore.care "문장"`` shows what spoke for a signal.
+A linear model over short runs of letters judges the parts of a message. How much evidence it must find depends on the
+anchors (bemore/anchors.py) that the part holds. care/train.py trains the model on the labelled sentences in care/, and
+docs/safety.md says what it finds and misses. ``python -m bemore.care "문장"`` shows what spoke for a signal.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import math
 import operator
 import re
 import sys
-import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+from bemore.anchors import Tier, anchors_in
+from bemore.sounds import heard, plain
 
 
 class Signal(StrEnum):
@@ -79,64 +82,12 @@ FORMER = {
 }
 
 
-# Letters: a text as it sounds, so that spelling, spaces and signs between letters make little difference
-
-INITIALS = "ㄱㄲㄴㄷㄸㄹㅁㅂㅃㅅㅆㅇㅈㅉㅊㅋㅌㅍㅎ"
-VOWELS = "ㅏㅐㅑㅒㅓㅔㅕㅖㅗㅘㅙㅚㅛㅜㅝㅞㅟㅠㅡㅢㅣ"
-FINALS = " ㄱㄲㄳㄴㄵㄶㄷㄹㄺㄻㄼㄽㄾㄿㅀㅁㅂㅄㅅㅆㅇㅈㅊㅋㅌㅍㅎ"
-PARTS = {
-    "ㄲ": "ㄱㄱ", "ㄸ": "ㄷㄷ", "ㅃ": "ㅂㅂ", "ㅆ": "ㅅㅅ", "ㅉ": "ㅈㅈ", "ㄳ": "ㄱㅅ", "ㄵ": "ㄴㅈ", "ㄶ": "ㄴㅎ",
-    "ㄺ": "ㄹㄱ", "ㄻ": "ㄹㅁ", "ㄼ": "ㄹㅂ", "ㄽ": "ㄹㅅ", "ㄾ": "ㄹㅌ", "ㄿ": "ㄹㅍ", "ㅀ": "ㄹㅎ", "ㅄ": "ㅂㅅ",
-}  # fmt: skip
-# 쥭고 for 죽고, 되요 for 돼요: vowels that are taken for one another.
-ALIKE = dict(zip("ㅐㅒㅖㅑㅕㅛㅠㅙㅚㅞㅢㅟ", "ㅔㅔㅔㅏㅓㅗㅜㅔㅔㅔㅣㅣ", strict=True))
-# What lies on a Korean keyboard where a Latin letter lies: wnrrh tlvek is 죽고 싶다 with the keyboard switched.
-KEYS = dict(zip("qwertyuiopasdfghjklzxcvbnm", "ㅂㅈㄷㄱㅅㅛㅕㅑㅐㅔㅁㄴㅇㄹㅎㅗㅓㅏㅣㅋㅌㅊㅍㅠㅜㅡ", strict=True))
-SOUNDS = "".join(dict.fromkeys("".join(PARTS.get(letter, ALIKE.get(letter, letter)) for letter in INITIALS + VOWELS)))
-START, PAUSE, OTHER = b"\x01", b"\x02", b"\x03"
-# NFKC turns a lone ㅈ into the first letter of a syllable (U+110C); people write it as U+3148.
-LONE = {0x1100 + at: letter for at, letter in enumerate(INITIALS)}
-LONE |= {0x1161 + at: letter for at, letter in enumerate(VOWELS)}
-
-
-def sound(letters: str) -> bytes:
-    """Return letters as one byte a sound."""
-    parts = "".join(PARTS.get(letter, ALIKE.get(letter, letter)) for letter in letters)
-    return bytes(16 + SOUNDS.index(part) for part in parts)
-
-
-def sounds_of_syllable(number: int) -> bytes:
-    """Return a syllable's sounds, by its number from 가 on; a silent ㅇ is none, so that 싶어 is 시퍼."""
-    initial, rest = divmod(number, 21 * 28)
-    vowel, final = divmod(rest, 28)
-    return sound((INITIALS[initial].replace("ㅇ", "") + VOWELS[vowel] + FINALS[final]).rstrip())
-
-
-SOUND = {chr(0xAC00 + number): sounds_of_syllable(number) for number in range(19 * 21 * 28)}
-SOUND |= {letter: sound(letter) for letter in INITIALS + VOWELS + FINALS.strip()}
-SOUND |= {key: sound(letter) for key, letter in KEYS.items()}
-SOUND |= {" ": b"", "0": b"", "|": PAUSE}
-
-# All else is a space: no letter of another script says anything here, and one (U+FDFA) would become 18.
-UNHEARD = re.compile(
-    "[^0-9A-Za-z０-９Ａ-Ｚａ-ｚ\u1100-\u11ff\u3131-\u318e가-힣\uffa1-\uffdc㉠-㉻㈀-㈜\u4e00-\u9fff.!?…。~]+"
-)
-
-
-def plain(message: str) -> str:
-    """Return a message in simple letters, with a bar where a sentence ends."""
-    text = unicodedata.normalize("NFKC", UNHEARD.sub(" ", message)).translate(LONE).lower()
-    text = re.sub(r"[.!?。]+", ".", text)  # first, or a long run of them takes the square of its length
-    text = re.sub(r"\.(?=\s|$)", "|", text)
-    text = re.sub(r"[^\w|]+", " ", re.sub("[0-9]+", "0", text))
-    return re.sub(" *\\|[ |]*", "|", text).strip(" |")
-
-
 # Runs of letters, each hashed into one of as many places as the tables of weights have
 
 SOUND_RUNS, SYLLABLE_RUNS = (3, 4, 6), (1, 2, 3)
 BITS = 18
 PLACES = 1 << BITS
+START = b"\x01"
 
 
 def places(stream: bytes, run: int, width: int, seed: int) -> list[int]:
@@ -150,7 +101,10 @@ class Runs:
     """A message's runs: in `sounds` and `syllables` a list for each length, of one place a letter."""
 
     text: str
-    offsets: Sequence[int]  # of each letter of the text among the sounds, and of the end
+    # The sounds of each letter of the text.
+    heard: Sequence[bytes]
+    # The number of the first sound of each letter, and of all sounds.
+    offsets: Sequence[int]
     sounds: Sequence[Sequence[int]]
     syllables: Sequence[Sequence[int]]
 
@@ -158,32 +112,36 @@ class Runs:
 def runs_of(message: str) -> Runs:
     """Read a message: its text, and the places of its runs."""
     text = " " + plain(message)
-    heard = [START, *(SOUND.get(letter, OTHER) for letter in text[1:])]
-    stream, written = b"".join(heard), text.encode("utf-16-le", "replace")
+    letters = [START, *heard(text[1:])]
+    stream, written = b"".join(letters), text.encode("utf-16-le", "replace")
     return Runs(
         text,
-        [0, *itertools.accumulate(map(len, heard))],
+        letters,
+        [0, *itertools.accumulate(map(len, letters))],
         [places(stream, run, 1, run) for run in SOUND_RUNS],
         [places(written, run, 2, 100 + run) for run in SYLLABLE_RUNS],
     )
 
 
-# Windows: one sentence in a long story counts whole
+# Windows: the parts of a message that are judged, so that one sentence in a long story counts whole
 
-LONG = 60  # letters of a sentence that is read in parts
-PART, STEP = 36, 9  # letters
+# Letters of the longest window: what stands far from a sign says nothing about it.
+LONGEST = 80
+# Letters of a sentence that is also read in parts.
+LONG = 60
+PART, STEP = 36, 9
 
 
 def windows(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a text to be judged: all of it, each sentence, two sentences at a time, parts of long ones."""
-    ends = [at for at, letter in enumerate(text) if letter == "|"]
-    bounds = [0, *(at + 1 for at in ends), len(text)]
-    yield 0, len(text)
-    for first, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if len(bounds) > 2:
+    """Yield the start and end of the text, its sentences and pairs of sentences, and of parts of long sentences."""
+    ends = [at + 1 for at, letter in enumerate(text) if letter == "|"]
+    bounds = [0, *ends, len(text)]
+    sentences = [*itertools.pairwise(bounds)]
+    pairs = zip(bounds, bounds[2:], strict=False)
+    for start, end in dict.fromkeys([(0, len(text)), *sentences, *pairs]):
+        if end - start <= LONGEST:
             yield start, end
-        if len(bounds) > 3 and first + 2 < len(bounds):
-            yield start, bounds[first + 2]
+    for start, end in sentences:
         if end - start > LONG:
             for at in range(start, end - PART + STEP, STEP):
                 yield at, min(at + PART, end)
@@ -197,23 +155,20 @@ def weight_of_length(runs: int) -> float:
 # The model
 
 WEIGHTS = Path(__file__).with_name("care.bin")
-ZERO = 128  # the weight of a run that says nothing: a byte has no sign, and a table of signed numbers is slower to read
-# Scores over which a window raises a signal of each kind, chosen by what care/measure.py finds: lower ones find more,
-# and cost more false alarms. A part of a message must score more, since a long one has many.
-THRESHOLDS = {Signal.EXPLICIT: 0.3, Signal.INDIRECT: 0.7, Signal.VIOLENCE: 0.4}
-OF_A_PART = 1.6
-# Words that leave little doubt, whatever stands around them, count for so much. Everyday words that hold the same
-# letters (혼자 살다, 기죽고) do not.
-UNMISTAKABLE = re.compile(
-    r"(?<![혼여남감피과의모상사각투부환])자살(?!골)|(?<![가-힣])자해(?!공갈|석)|(?<![기풀])죽고(?:만|도)?(?:싶|픈|퍼|시[퍼프픈])"
-    r"|목숨을?끊|극단적인?(?:선택|생각|시도)|죽으려고?(?:했|해|합|하)|죽을(?:래|결심|생각|방법)|죽어버리고|죽었으면좋"
-    r"|뛰어내리고싶|살고싶지[가는도]?않|살기싫"
-)
-BONUS = 3.0
-
-
-def bonus(text: str) -> float:
-    return BONUS if UNMISTAKABLE.search(re.sub("[ |0]", "", text)) else 0.0
+# The weight of a run that says nothing. A byte has no sign, and a table of signed numbers is slower to read.
+ZERO = 128
+# Scores over which a window raises each signal: without an anchor, beside a weak one, beside a strong one. They were
+# chosen on the real talk that docs/safety.md names; lower ones find more, and cost more false alarms.
+THRESHOLDS = {
+    Signal.EXPLICIT: (3.2, 0.8, -0.5),
+    Signal.INDIRECT: (3.6, 2.0, 0.6),
+    Signal.VIOLENCE: (2.2, 0.6, 0.3),
+}
+# What a window must pass to be a signal of any kind, by the tier of its anchors.
+LEAST = [min(thresholds[tier] for thresholds in THRESHOLDS.values()) for tier in Tier]
+# A part of a message must score more than a whole message, because a long message has many parts.
+OF_A_PART = 1.3
+LATIN = re.compile("[a-z]")
 
 
 class Head:
@@ -230,54 +185,6 @@ class Head:
         for other in others:
             first = map(operator.add, first, other)
         return list(itertools.accumulate(first, initial=0))
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """What a window of a message was taken for, by which score, and where it lies in Runs.text."""
-
-    signal: Signal
-    score: float  # over the threshold
-    start: int
-    end: int
-
-
-class Detector:
-    """Judges messages by a file of weights: how much a sign, how much of violence, how explicit."""
-
-    def __init__(self, data: bytes) -> None:
-        head, _, packed = data.partition(b"\n")
-        numbers = [float(number) for number in head.split()]
-        tables = zlib.decompress(packed)
-        self.risk, self.violence, self.explicit = (
-            Head(tables[at * PLACES : (at + 1) * PLACES], numbers[2 * at], numbers[2 * at + 1]) for at in range(3)
-        )
-
-    def judgements(self, message: str) -> list[Judgement]:
-        """Return all windows of a message that raise a signal."""
-        runs = runs_of(message)
-        risk, least = Scores(self.risk, runs), min(THRESHOLDS.values()) - bonus(runs.text)
-        suspect = [(score, *window) for window in windows(runs.text) if (score := risk.of(*window)) > least]
-        if not suspect:
-            return []
-        violence, explicit = Scores(self.violence, runs), Scores(self.explicit, runs)
-        found = []
-        for score, start, end in suspect:
-            added = bonus(runs.text[start:end])
-            own = Signal.EXPLICIT if added or explicit.of(start, end) > 0 else Signal.INDIRECT
-            signal = Signal.VIOLENCE if violence.of(start, end) > 0 else own
-            threshold = THRESHOLDS[signal] + (0 if end - start == len(runs.text) else OF_A_PART)
-            if score + added > threshold:
-                found.append(Judgement(signal, score + added - threshold, start, end))
-        return found
-
-    def signal_in(self, message: str) -> Signal | None:
-        return most_urgent(self.judgements(message))
-
-
-def most_urgent(judgements: Sequence[Judgement]) -> Signal | None:
-    signals = {judgement.signal for judgement in judgements}
-    return next((signal for signal in (Signal.EXPLICIT, Signal.VIOLENCE, Signal.INDIRECT) if signal in signals), None)
 
 
 class Scores:
@@ -306,8 +213,84 @@ class Scores:
         return sounds * len(SOUND_RUNS) + (end - start) * len(SYLLABLE_RUNS)
 
 
+class Anchors:
+    """The anchors of a message, counted so that a window finds its own in two subtractions."""
+
+    def __init__(self, runs: Runs) -> None:
+        begins = {Tier.WEAK: [0] * len(runs.text), Tier.STRONG: [0] * len(runs.text)}
+        for anchor in anchors_in(runs.heard):
+            begins[anchor.tier][anchor.start] = 1
+        self._before = [list(itertools.accumulate(counts, initial=0)) for counts in begins.values()]
+
+    def tier(self, start: int, end: int) -> Tier:
+        """Return the tier of the strongest anchor that begins in a window."""
+        weak, strong = (before[end] - before[start] for before in self._before)
+        return Tier.STRONG if strong else Tier.WEAK if weak else Tier.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A window of a message that raised a signal, by how much it passed the threshold, and where it lies."""
+
+    signal: Signal
+    score: float
+    start: int
+    end: int
+
+
+class Detector:
+    """Judges messages by a file of weights: is there a sign, is it one of violence, is it explicit."""
+
+    def __init__(self, data: bytes) -> None:
+        head, _, packed = data.partition(b"\n")
+        numbers = [float(number) for number in head.split()]
+        tables = zlib.decompress(packed)
+        self.risk, self.violence, self.explicit = (
+            Head(tables[at * PLACES : (at + 1) * PLACES], numbers[2 * at], numbers[2 * at + 1]) for at in range(3)
+        )
+
+    def judgements(self, message: str) -> Iterator[Judgement]:
+        """Yield the windows of a message that raise a signal."""
+        runs = runs_of(message)
+        risk = Scores(self.risk, runs)
+        # Needed for few messages, and therefore made at the first window that asks for them.
+        anchors, kinds = None, None
+        for start, end in windows(runs.text):
+            score = risk.of(start, end) - (0 if end - start == len(runs.text) else OF_A_PART)
+            if score <= min(LEAST):
+                continue
+            anchors = anchors or Anchors(runs)
+            tier = anchors.tier(start, end)
+            if score <= LEAST[tier] or (tier is Tier.NONE and mostly_latin(runs.text[start:end])):
+                continue
+            kinds = kinds or (Scores(self.violence, runs), Scores(self.explicit, runs))
+            violence, explicit = (scores.of(start, end) > 0 for scores in kinds)
+            signal = Signal.VIOLENCE if violence else Signal.EXPLICIT if explicit else Signal.INDIRECT
+            if score > THRESHOLDS[signal][tier]:
+                yield Judgement(signal, score - THRESHOLDS[signal][tier], start, end)
+
+    def signal_in(self, message: str) -> Signal | None:
+        return most_urgent(self.judgements(message))
+
+
+def mostly_latin(text: str) -> bool:
+    """Tell whether most of a text is not Korean, of which the model knows only what holds an anchor."""
+    return 2 * len(LATIN.findall(text)) > len(text)
+
+
+def most_urgent(judgements: Iterable[Judgement]) -> Signal | None:
+    """Return the signal to answer; read no further than the first explicit one, which is the most urgent."""
+    signals = set()
+    for judgement in judgements:
+        if judgement.signal is Signal.EXPLICIT:
+            return judgement.signal
+        signals.add(judgement.signal)
+    return Signal.VIOLENCE if Signal.VIOLENCE in signals else Signal.INDIRECT if signals else None
+
+
 DETECTOR = Detector(WEIGHTS.read_bytes())
-codecs.lookup("utf-16-le")  # else loaded at a person's first words, which a process without free files could not
+# Python would load this codec at the first message, which a process without free files could not.
+codecs.lookup("utf-16-le")
 
 
 def signal_in(message: str) -> Signal | None:
@@ -319,13 +302,16 @@ def signal_in(message: str) -> Signal | None:
 
 
 def main(messages: Sequence[str]) -> None:
-    """Print the signal of each message, and what spoke for it: words by the weight of the runs that begin in them."""
+    """Print the signal of each message, and what spoke for it: anchors, and words by the weight of their runs."""
     for message in messages:
-        runs, judgements = runs_of(message), DETECTOR.judgements(message)
+        runs, judgements = runs_of(message), list(DETECTOR.judgements(message))
+        anchors = list(anchors_in(runs.heard))
         print(f"{most_urgent(judgements) or 'none'}: {message}")  # noqa: T201
         for judgement in judgements:
-            spoke = ", ".join(f"{word} {share:+.1f}" for word, share in shares(runs, judgement))
-            print(f"  {judgement.signal} by {judgement.score:.2f}: {spoke}")  # noqa: T201
+            held = [anchor for anchor in anchors if judgement.start <= anchor.start < judgement.end]
+            words = ", ".join(f"{word} {share:+.1f}" for word, share in shares(runs, judgement))
+            named = ", ".join(f"{anchor.word} ({anchor.tier.name.lower()})" for anchor in held) or "none"
+            print(f"  {judgement.signal} by {judgement.score:.2f}: {words}; anchors: {named}")  # noqa: T201
 
 
 def shares(runs: Runs, judgement: Judgement) -> list[tuple[str, float]]:

@@ -29,6 +29,9 @@ class Settings:
     gemini_fallback_model: str
     gemini_max_output_tokens: int
     gemini_thinking_level: str
+    openai_base_url: str
+    openai_model: str
+    openai_api_key: str = field(repr=False)
     # The first secret signs, all verify.
     jwt_secret_key: tuple[str, ...] = field(repr=False)
     require_session_token: bool
@@ -56,7 +59,7 @@ class Settings:
 
     @property
     def demo(self) -> bool:
-        return self.demo_mode or not self.gemini_api_key
+        return self.demo_mode or not (self.gemini_api_key or self.openai_base_url)
 
     @property
     def weak_secret(self) -> bool:
@@ -66,6 +69,11 @@ class Settings:
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
+def unquote(value: str) -> str:
+    """Return a value without the quotes around it; docker's --env-file leaves them there."""
+    return value[1:-1].strip() if re.fullmatch(r"""(["']).*\1""", value, re.DOTALL) else value
+
+
 class SettingsReader:
     """Cast named values; an empty one means the default, one that cannot be read raises ConfigError."""
 
@@ -73,11 +81,7 @@ class SettingsReader:
         self._values = values
 
     def text(self, name: str, default: str = "") -> str:
-        value = self._values.get(name, "").strip()
-        # docker --env-file leaves the quotes around a value.
-        if re.fullmatch(r"\"[^\"]*\"|'[^']*'", value):
-            value = value[1:-1].strip()
-        return value or default
+        return unquote(self._values.get(name, "").strip()) or default
 
     def matching(self, name: str, default: str, pattern: str, takes: str, *, secret: bool = False) -> str:
         value = self.text(name, default)
@@ -144,7 +148,12 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         gemini_fallback_model=read.matching("GEMINI_FALLBACK_MODEL", "", r"[\w.-]*", "a model's name"),
         gemini_max_output_tokens=read.integer("GEMINI_MAX_OUTPUT_TOKENS", 200, 1, 65536),
         # The one setting whose empty value is not its default: it sends no level at all.
-        gemini_thinking_level=values.get("GEMINI_THINKING_LEVEL", "minimal").strip().lower(),
+        gemini_thinking_level=unquote(values.get("GEMINI_THINKING_LEVEL", "minimal").strip()).lower(),
+        openai_base_url=read.matching(
+            "OPENAI_BASE_URL", "", r"(https?://[^\s?#@]+)?", "an http(s) URL without query or credentials", secret=True
+        ).rstrip("/"),
+        openai_model=read.matching("OPENAI_MODEL", "", r"[!-~]*", "a model's name"),
+        openai_api_key=read.matching("OPENAI_API_KEY", "", r"[!-~]*", "a key of printable ASCII", secret=True),
         jwt_secret_key=read.secrets("JWT_SECRET_KEY"),
         require_session_token=read.switch("REQUIRE_SESSION_TOKEN", False),
         session_ttl_hours=read.number("SESSION_TTL_HOURS", 24, 0.01, 8760),
@@ -169,8 +178,10 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         raise ConfigError("GEMINI_THINKING_LEVEL: takes minimal, low, medium, high or nothing at all")
     if settings.require_session_token and (settings.weak_secret or not settings.jwt_secret_key):
         raise ConfigError(f"JWT_SECRET_KEY: takes at least {MIN_SECRET_BYTES} bytes when REQUIRE_SESSION_TOKEN is on")
+    if settings.openai_base_url and not settings.openai_model:
+        raise ConfigError("OPENAI_MODEL: takes the name of a model of the server at OPENAI_BASE_URL")
     if settings.demo and not settings.demo_mode and not settings.sqlite:
-        raise ConfigError("GEMINI_API_KEY: needed with Postgres, or DEMO_MODE=1 for canned replies")
+        raise ConfigError("GEMINI_API_KEY: needed with Postgres, or OPENAI_BASE_URL, or DEMO_MODE=1 for canned replies")
     return settings
 
 

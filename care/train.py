@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from bemore import care  # noqa: E402
+from bemore.sounds import plain  # noqa: E402
 
 Sets = Mapping[str, Sequence[tuple[str, str]]]  # by name: (group, sentence)
 
@@ -29,12 +30,18 @@ SIGNS = {
     "indirect": care.Signal.INDIRECT,
     "homicidal": care.Signal.VIOLENCE,
 }
-HARMLESS = ("neutral", "idiom", "death_grief")  # of negated and others either answer is right: they teach nothing
-STORIES = "stories"  # whose signs are one sentence of several: only its harmless ones teach, sentence by sentence
+# A worry about somebody else is left to the model. Of the group "negated" (죽고 싶지 않아요) either answer is right, so
+# that it teaches nothing.
+HARMLESS = ("neutral", "idiom", "death_grief", "others")
+# The signs in this set are one sentence of several: only its harmless stories teach, sentence by sentence.
+STORIES = "stories"
 
-STRENGTH = 1.0  # the inverse of the regularisation
-LEAST_SENTENCES = 3  # that a run must occur in
-STEPS, FEWER_STEPS = 15, 5  # to each side of zero: of the first judgement, and of those that only name its kind
+# The inverse of the regularisation.
+STRENGTH = 0.3
+# A run must occur in so many sentences to have a weight.
+LEAST_SENTENCES = 3
+# Steps to each side of zero: of the first judgement, and of the two that only name the kind of sign.
+STEPS, FEWER_STEPS = 15, 5
 
 
 def read_sets(folder: Path = HERE) -> dict[str, list[tuple[str, str]]]:
@@ -53,12 +60,13 @@ def examples(sets: Sets) -> Iterator[tuple[care.Signal | None, str]]:
             if group in HARMLESS:
                 yield None, sentence
                 if name == STORIES:
-                    yield from ((None, part) for part in care.plain(sentence).split("|"))
+                    yield from ((None, part) for part in plain(sentence).split("|"))
             elif group in SIGNS and name != STORIES:
                 yield SIGNS[group], sentence
 
 
-_rows: dict[str, tuple[list[int], float]] = {}  # a sentence's runs, which every training and measuring shares
+# Each sentence's runs, which every training shares.
+_rows: dict[str, tuple[list[int], float]] = {}
 
 
 def matrix(sentences: Sequence[str]) -> Any:

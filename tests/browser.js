@@ -26,7 +26,7 @@ Object.defineProperty(window, "speechSynthesis", {
     },
     getVoices: () => mouth.voices,
     speak(utterance) {
-      if (navigator.userActivation.isActive) mouth.locked = false;
+      if (["click", "keydown"].includes(window.event?.type) && window.event.isTrusted) mouth.locked = false;
       if (mouth.locked || utterance.volume === 0) return;
       mouth.spoken.push(utterance.text);
       if (mouth.mute) return;

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, BrowserContext, Locator, Page, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, Locator, Page, Route, async_playwright, expect
 from support import ScriptedCounsellor, Server, Wire, hear, make_settings, serve
 from tools import PATIENCE, until
 
@@ -124,6 +124,12 @@ class Visit:
     async def run(self, milliseconds: int) -> None:
         await self.page.clock.run_for(milliseconds)
 
+    async def wait(self, seconds: int) -> None:
+        """Let time pass in steps in which the server's pongs arrive."""
+        for _ in range(0, seconds, 4):
+            await self.run(4_000)
+            await self.until("pings", 0)
+
     async def write(self, message: str) -> None:
         hear(message)
         await self["#field"].fill(message)
@@ -207,9 +213,9 @@ async def visiting(
         finally:
             await context.close()
     elsewhere = [url for url in visit.requests if not re.match(rf"(http|ws)://127.0.0.1:{visit.wire.port}/|data:|blob:", url)]
-    assert not elsewhere
+    assert not elsewhere, elsewhere
     errors = [error for error in visit.errors if not (network_errors and re.search("ERR_|WebSocket|status of", error))]
-    assert not errors
+    assert not errors, errors
 
 
 @pytest_asyncio.fixture(name="visit", loop_scope="module")
@@ -223,3 +229,18 @@ async def still_fixture(browser: Browser, site: Server) -> AsyncIterator[Visit]:
     """A visit during which time stands still unless the test moves it."""
     async with visiting(browser, site, clock=True) as visit:
         yield visit
+
+
+@pytest_asyncio.fixture(name="rules", scope="module", loop_scope="module")
+async def rules_fixture(browser: Browser) -> AsyncIterator[Page]:
+    """The page without a server: its pure functions are called here, all tests in one page."""
+    page = await browser.new_page()
+
+    async def answer(route: Route) -> None:
+        name = route.request.url.rpartition("/")[2] or "demo.html"
+        await route.fulfill(path=ROOT / name)
+
+    await page.route("**/*", answer)
+    await page.goto("http://127.0.0.1/")
+    yield page
+    await page.close()

@@ -21,6 +21,13 @@ def event(text: str | None = None, finish: str | None = None, **beside: object) 
     return b"data: " + json.dumps({"candidates": [candidate], **beside}, ensure_ascii=False).encode() + b"\r\n\r\n"
 
 
+def chat_event(text: str | None, finish: str | None = None) -> bytes:
+    """One event as a server writes it that speaks OpenAI's chat completions."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+    body = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
+
+
 def stream(*blocks: bytes, headers: Mapping[str, str] | None = None) -> Answer:
     """An answer that writes each block in a piece of its own."""
 

@@ -25,7 +25,6 @@ from tools import until
 
 from bemore_voice import Limits
 
-PLANNED = pytest.mark.xfail(reason="bemore.gemini does not do it yet", run=False)
 KEY = "a-key-that-is-not-to-be-seen"
 
 
@@ -49,7 +48,7 @@ async def check_reply(client: Frontend, text: str, end: str) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(fault, id=name, marks=PLANNED if fault.planned else ()) for name, fault in MODEL_FAULTS.items()],
+    [pytest.param(fault, id=name) for name, fault in MODEL_FAULTS.items()],
 )
 async def test_model_fault_costs_one_reply_at_most(
     fault: Fault, gemini: GeminiStandIn, impatient: tuple[Server, Frontend], caplog: pytest.LogCaptureFixture

@@ -16,15 +16,16 @@ import pytest
 from aiohttp import web
 from google import genai
 from google.genai import types
-from hypothesis import given
-from hypothesis import strategies as st
 from standin import Answer, GeminiStandIn, event, reset_after, silent_after, status, stream
 from tools import until
 
+from bemore.attempts import CONTINUE, FINISH_SENTENCE, TimeLimits
 from bemore.counsellor import MARKERS, Blocked, Failed, Notice, PastTurn, Prompt
-from bemore.gemini import GO_ON, Gemini, Joint, parse_retry_after
+from bemore.gemini import Gemini
+from bemore.model_client import parse_retry_after
 
 RISK_MARKER = next(iter(MARKERS))
+LIMITS = {"first_chunk": 15.0, "chunk": 10.0, "reply": 60.0}
 KEY = "a-key-that-nobody-may-see"
 PROMPT = Prompt("따뜻하게 답하세요.", "요즘 잠이 안 와요", [PastTurn(n, f"말 {n}", f"답 {n}") for n in range(10)])
 
@@ -35,17 +36,26 @@ def client_for(base_url: str, **options: Any) -> Gemini:
         "model": "m-1",
         "max_output_tokens": 200,
         "thinking_level": "minimal",
-        "first_chunk_timeout": 15,
-        "chunk_timeout": 10,
-        "reply_timeout": 60,
     }
-    return Gemini(base_url=base_url, **{**values, **options})
+    limits = TimeLimits(*(options.pop(f"{name}_timeout", seconds) for name, seconds in LIMITS.items()))
+    return Gemini(base_url=base_url, limits=limits, **{**values, **options})
 
 
 @pytest.fixture
 async def model(gemini: GeminiStandIn) -> AsyncIterator[Gemini]:
     async with client_for(f"{gemini.url}/v1beta") as opened:
         yield opened
+
+
+@pytest.fixture
+async def models(gemini: GeminiStandIn) -> AsyncIterator[Gemini]:
+    async with client_for(gemini.url, fallback_model="m-2") as opened:
+        yield opened
+
+
+def asked(gemini: GeminiStandIn) -> list[str]:
+    """The models that were asked, in turn."""
+    return [request["path"].removeprefix("/models/").partition(":")[0] for request in gemini.requests]
 
 
 async def read(model: Gemini, prompt: Prompt = PROMPT) -> list[str]:
@@ -141,109 +151,13 @@ async def test_google_genai_sends_the_same_and_reads_the_same(gemini: GeminiStan
 # The shapes of a stream
 
 
-BODY = event("가") + event("나다 😥") + event("라") + event("", "STOP")
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 10_000])
-async def test_a_stream_may_be_cut_anywhere(gemini: GeminiStandIn, model: Gemini, size: int) -> None:
-    """Also inside a Hangul character, and one byte at a time."""
-    gemini.default = stream(*(BODY[at : at + size] for at in range(0, len(BODY), size)))
-    assert "".join(await read(model)) == "가나다 😥라"
-
-
-async def test_a_line_of_900_kib_is_read(gemini: GeminiStandIn, model: Gemini) -> None:
-    part = json.dumps({"text": "가", "thoughtSignature": "A" * 900 * 1024})
-    gemini.default = stream(
-        f'data: {{"candidates": [{{"content": {{"parts": [{part}]}}}}]}}\r\n\r\n'.encode(), event("나", "STOP")
-    )
-    assert "".join(await read(model)) == "가나"
-
-
-async def test_a_line_of_over_1_mib_fails(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.default = stream(event("가"), b"data: " + b"A" * 1024 * 1024 + b"\n", event("나", "STOP"))
-    texts, failure = await failure_of(model)
-    assert texts == ["가"]
-    assert "1 MiB" in failure.cause
-
-
-async def test_thoughts_and_empty_chunks_are_not_said(gemini: GeminiStandIn, model: Gemini) -> None:
-    parts = [{"text": "hm", "thought": True}, {"text": "가"}]
-    thought = b"data: " + json.dumps({"candidates": [{"content": {"parts": parts}}]}).encode() + b"\n\n"
-    gemini.default = stream(thought, b": comment\n\n", b'data: {"candidates": []}\n\n', event(""), event(finish="STOP"))
-    assert await read(model) == ["가"]
-
-
-async def test_a_last_line_without_its_end_is_read(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.default = stream(event("가"), event("", "STOP").rstrip())
-    assert await read(model) == ["가"]
-
-
-async def test_max_tokens_with_text_is_a_reply(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.default = stream(event("가"), event("나", "MAX_TOKENS"))
-    assert "".join(await read(model)) == "가나"
-
-
-async def test_max_tokens_without_text_names_both_settings(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.default = stream(event(finish="MAX_TOKENS"))
-    texts, failure = await failure_of(model)
-    assert texts == []
-    assert "GEMINI_MAX_OUTPUT_TOKENS" in failure.cause
-    assert "GEMINI_THINKING_LEVEL" in failure.cause
-
-
-@pytest.mark.parametrize(
-    ("blocks", "before"),
-    [
-        ([event(finish="SAFETY")], []),
-        ([event("가"), event(finish="SAFETY")], ["가"]),
-        ([event(finish="PROHIBITED_CONTENT")], []),
-        ([b'data: {"promptFeedback": {"blockReason": "SAFETY"}}\n\n'], []),
-        ([b'data: {"promptFeedback": {"blockReason": "OTHER"}, "usageMetadata": {}}\n\n'], []),
-    ],
-)
-async def test_what_the_safety_filter_holds_back_is_told_as_such(
-    gemini: GeminiStandIn, model: Gemini, blocks: list[bytes], before: list[str]
-) -> None:
-    gemini.default = stream(*blocks)
-    texts: list[str | Notice] = []
-    with pytest.raises(Blocked):
-        await model.reply(PROMPT, texts.append)
-    assert texts == before
-
-
-@pytest.mark.parametrize(
-    ("answer", "shown", "cause"),
-    [
-        (stream(), [], "without a finish reason"),
-        (stream(event("가"), b"data: {nonsense}\n\n"), ["가"], "not JSON"),
-        (stream(event("가"), b"data: [1]\n\n"), ["가"], "another shape"),
-        (stream(event("가"), b'data: {"candidates": [{"content": "x"}]}\n\n'), ["가"], "another shape"),
-        (stream(event("가"), b'data: {"error": {"code": 503}}\n\n'), ["가"], "error event"),
-        (stream(b"<html>a page</html>", headers={"Content-Type": "text/html"}), [], "without a finish reason"),
-        (stream(event("", "STOP")), [], "STOP without any text"),
-        (stream(event("가"), event("", "RECITATION")), ["가"], "no end of a reply"),
-    ],
-)
-async def test_a_stream_that_is_no_whole_reply_fails_and_is_not_asked_again(
-    gemini: GeminiStandIn, model: Gemini, answer: Answer, shown: list[str], cause: str
-) -> None:
-    gemini.answers.append(answer)
-    texts, failure = await failure_of(model)
-    assert texts == shown
-    assert cause in failure.cause
-    assert len(gemini.requests) == 1
-    assert await read(model)  # and the next reply is none the worse
-
-
 def bomb(size: int) -> bytes:
     """So many zeros, as gzip."""
     gzip, zeros = zlib.compressobj(level=1, wbits=31), bytes(1024 * 1024)
     return b"".join(gzip.compress(zeros) for _ in range(size // len(zeros))) + gzip.flush()
 
 
-async def test_an_answer_that_is_gzip_although_nobody_asked_for_it_is_refused_unread(
-    gemini: GeminiStandIn, model: Gemini
-) -> None:
+async def test_a_compressed_answer_is_refused_unread(gemini: GeminiStandIn, model: Gemini) -> None:
     await warm()
     gemini.description = gemini.default = stream(bomb(1024 * 1024 * 1024), headers={"Content-Encoding": "gzip"})
     tracemalloc.start()
@@ -271,53 +185,168 @@ async def test_no_encoding_but_identity_is_read(gemini: GeminiStandIn, model: Ge
     assert await read(model) == ["가"]
 
 
-# Retries
+# Failures before any text
 
 
-@pytest.mark.parametrize("fault", [status(408), status(429), status(500), status(503), status(599), reset_after()])
-async def test_a_passing_fault_before_the_first_chunk_is_tried_again(
-    gemini: GeminiStandIn, model: Gemini, fault: Answer
-) -> None:
-    gemini.answers.extend([fault, fault])
-    assert "".join(await read(model)) == "네, 듣고 있어요."
-    assert len(gemini.requests) == 3
+def error(code: int, message: str = "", reason: str = "", **details: Any) -> dict[str, Any]:
+    """The body of an error as Gemini writes it."""
+    listed: list[dict[str, object]] = (
+        [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": reason}] if reason else []
+    )
+    found: dict[str, Any] = {"code": code, "message": message, "details": [*listed, *([details] if details else [])]}
+    return {"error": found}
 
 
-async def test_three_attempts_are_all(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.default = status(503)
-    _, failure = await failure_of(model)
-    assert failure.cause == "Gemini: status 503, attempt 3"
-    assert len(gemini.requests) == 3
+def refusal(number: int, message: str = "", **details: Any) -> Answer:
+    return status(number, json.dumps(error(number, message, **details)))
 
 
-@pytest.mark.parametrize(
-    ("number", "names"),
-    [(400, "GEMINI_API_KEY"), (401, "GEMINI_API_KEY"), (403, "GEMINI_API_KEY"), (404, "GEMINI_MODEL"), (302, "302")],
+def error_event(code: int) -> bytes:
+    return b"data: " + json.dumps(error(code)).encode() + b"\n\n"
+
+
+THOUGHT = (
+    b'data: {"candidates": [{"content": {"parts": [{"text": "hm", "thought": true}]}, "finishReason": "STOP"}]}\n\n'
 )
-async def test_what_an_operator_must_mend_is_not_tried_again(
-    gemini: GeminiStandIn, model: Gemini, number: int, names: str
-) -> None:
-    gemini.default = status(number, Location="http://127.0.0.1:9/elsewhere")
-    _, failure = await failure_of(model)
-    assert names in failure.cause
-    assert len(gemini.requests) == 1
+PASSING = {
+    "408": status(408),
+    "429": status(429),
+    "503": status(503),
+    "599": status(599),
+    "a reset": reset_after(),
+    "an error event 503": stream(error_event(503)),
+    "an error event 429": stream(error_event(429)),
+    "a bare error 500": stream(json.dumps(error(500), indent=2).encode()),
+    "an empty stream": stream(),
+    "HTML": stream(b"<html>a page</html>", headers={"Content-Type": "text/html"}),
+    "STOP without text": stream(event(finish="STOP")),
+    "thoughts alone": stream(THOUGHT),
+    "OTHER without text": stream(event(finish="OTHER")),
+    "an event that is not JSON": stream(b"data: {nonsense}\n\n"),
+}
 
 
-async def test_a_short_retry_after_is_honoured(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.answers.append(status(429, Retry_After="1"))
-    asked = time.monotonic()
-    await read(model)
-    assert time.monotonic() - asked >= 1
+@pytest.mark.parametrize("failure", PASSING)
+async def test_a_failure_that_may_pass_is_retried(gemini: GeminiStandIn, model: Gemini, failure: str) -> None:
+    gemini.answers.append(PASSING[failure])
+    assert "".join(await read(model)) == "네, 듣고 있어요."
     assert len(gemini.requests) == 2
 
 
-@pytest.mark.parametrize("value", ["16", "3600", formatdate(time.time() + 600, usegmt=True)])
-async def test_a_retry_after_beyond_the_budget_fails_at_once(gemini: GeminiStandIn, model: Gemini, value: str) -> None:
-    gemini.default = status(429, Retry_After=value)
-    asked = time.monotonic()
-    await failure_of(model)
-    assert time.monotonic() - asked < 5
+async def test_a_busy_hour_is_waited_for(gemini: GeminiStandIn) -> None:
+    """The pauses between the requests grow until the time for the first text is used up."""
+    gemini.default = status(503)
+    began = time.monotonic()
+    async with client_for(gemini.url, first_chunk_timeout=2) as model:
+        _, failure = await failure_of(model)
+    assert 1.5 < time.monotonic() - began < 2.5
+    assert failure.cause.startswith("Gemini: status 503, attempt ")
+    assert 3 < len(gemini.requests) < 10
+
+
+async def test_a_refused_connection_is_retried_and_fails() -> None:
+    async with client_for("http://127.0.0.1:9", first_chunk_timeout=1) as model:
+        _, failure = await failure_of(model)
+    assert failure.cause.startswith("Gemini: connection failed (ClientConnectorError), attempt ")
+    # .invalid is reserved to be no name (RFC 2606).
+    async with client_for("http://nobody.invalid", first_chunk_timeout=0.5) as model:
+        _, failure = await failure_of(model)
+    assert "ClientConnectorDNSError" in failure.cause
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [status(429, Retry_After="1"), refusal(429, retryDelay="1.2s"), refusal(503, retryDelay="1s")],
+)
+async def test_a_pause_that_is_asked_for_is_kept(gemini: GeminiStandIn, model: Gemini, busy: Answer) -> None:
+    gemini.answers.append(busy)
+    began = time.monotonic()
+    await read(model)
+    assert time.monotonic() - began >= 1
+    assert len(gemini.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        status(429, Retry_After="16"),
+        status(503, Retry_After=formatdate(time.time() + 600, usegmt=True)),
+        refusal(429, retryDelay="58.9s"),
+    ],
+)
+async def test_a_pause_that_is_too_long_ends_the_attempts(gemini: GeminiStandIn, models: Gemini, busy: Answer) -> None:
+    async with client_for(gemini.url) as model:
+        gemini.answers.append(busy)
+        await failure_of(model)
     assert len(gemini.requests) == 1
+    gemini.answers.append(busy)
+    assert "".join(await read(models)) == "네, 듣고 있어요."
+    assert asked(gemini) == ["m-1", "m-1", "m-2"]
+
+
+DAY = [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier", "quotaValue": "500"}]
+# (status, the words of the error) and what the log line must name.
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "key invalid": (error(400, "API key not valid.", "API_KEY_INVALID"), "GEMINI_API_KEY is not a valid key"),
+    "key expired": (error(400, "API key expired. Please renew the API key."), "GEMINI_API_KEY is not a valid key"),
+    "region": (error(400, "User location is not supported for the API use."), "region of this server"),
+    "bad request": (error(400, "Invalid JSON payload received."), "GEMINI_MAX_OUTPUT_TOKENS"),
+    "unauthenticated": (error(401), "GEMINI_API_KEY"),
+    "no prepaid credit": (error(402, "Your prepayment credits are depleted."), "credit is left for GEMINI_API_KEY"),
+    "no prepaid credit, as 429": (error(429, "Your prepayment credits are depleted."), "no prepaid credit"),
+    "key restricted": (error(403, "", "API_KEY_HTTP_REFERRER_BLOCKED"), "GEMINI_API_KEY is restricted"),
+    "service blocked": (error(403, "", "API_KEY_SERVICE_BLOCKED"), "GEMINI_API_KEY is restricted"),
+    "wrong project": (error(403, "", "SERVICE_DISABLED"), "project of GEMINI_API_KEY has not enabled"),
+    "key leaked": (error(403, "Your API key was reported as leaked."), "check GEMINI_API_KEY"),
+    "model unknown": (error(404, "models/m-1 is not found"), "GEMINI_MODEL is unknown or retired"),
+    "quota zero": (error(429, "Quota exceeded for metric: x, limit: 0, model: m"), "quota for GEMINI_MODEL is 0"),
+    "the day's quota": (error(429, violations=DAY, retryDelay="3s"), "day's quota of GEMINI_API_KEY"),
+    "redirect": (error(302), "GEMINI_BASE_URL"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+async def test_what_an_operator_must_mend_is_not_retried_and_named(
+    gemini: GeminiStandIn, model: Gemini, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    body, named = REFUSALS[name]
+    answer = status(body["error"]["code"], json.dumps(body), Location="http://127.0.0.1:9/elsewhere")
+    gemini.default = gemini.description = answer
+    _, failure = await failure_of(model)
+    assert named in failure.cause
+    assert len(gemini.requests) == 1
+    # The same is logged at the start, before anyone has spoken.
+    await warm()
+    caplog.clear()
+    async with client_for(gemini.url):
+        await until(lambda: caplog.messages)
+    assert [message for message in caplog.messages if named in message]
+    for words in (failure.cause, *caplog.messages):
+        assert "\n" not in words
+        assert body["error"]["message"] not in words or not body["error"]["message"]
+
+
+async def test_a_refused_thinking_level_is_left_out_from_then_on(
+    gemini: GeminiStandIn, model: Gemini, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        if "thinkingConfig" in body["generationConfig"]:
+            return await refusal(400, "Thinking level MINIMAL is not supported for this model.")(request)
+        return await stream(event("가", "STOP"))(request)
+
+    gemini.default = refuse
+    assert [*await asyncio.gather(read(model), read(model))] == [["가"], ["가"]]
+    assert await read(model) == ["가"]
+    assert len(gemini.requests) == 5
+    (line,) = [message for message in caplog.messages if "GEMINI_THINKING_LEVEL" in message]
+    assert "GEMINI_MODEL does not take this GEMINI_THINKING_LEVEL" in line
+
+
+async def test_a_level_that_was_not_sent_is_not_left_out_again(gemini: GeminiStandIn, model: Gemini) -> None:
+    gemini.default = stream(b"data: " + json.dumps(error(400, "Thinking is not supported.")).encode() + b"\n\n")
+    await failure_of(model)
+    assert len(gemini.requests) == 2
 
 
 def test_retry_after_is_a_number_or_a_date_or_nothing() -> None:
@@ -328,26 +357,6 @@ def test_retry_after_is_a_number_or_a_date_or_nothing() -> None:
     assert parse_retry_after(formatdate(now - 60, usegmt=True), now) == 0
     assert parse_retry_after(formatdate(now + 60, usegmt=True), now) == 60
     assert parse_retry_after("Mon, 01 Jan 2024 00:00:00 +99999999999999", now) is None
-
-
-async def test_a_retry_after_with_a_huge_zone_offset_counts_as_none(gemini: GeminiStandIn, model: Gemini) -> None:
-    for digits in (4, 12, 30, 400):
-        gemini.answers.append(status(503, Retry_After="Mon, 01 Jan 2024 00:00:00 -" + "9" * digits))
-        assert "".join(await read(model)) == "네, 듣고 있어요."
-    assert len(gemini.requests) == 8
-
-
-async def test_a_refused_connection_is_tried_again_and_fails(gemini: GeminiStandIn) -> None:
-    async with client_for("http://127.0.0.1:9") as model:
-        _, failure = await failure_of(model)
-    assert failure.cause == "Gemini: connection failed (ClientConnectorError), attempt 3"
-
-
-async def test_a_name_that_nobody_knows_fails(gemini: GeminiStandIn) -> None:
-    # .invalid is reserved to be no name (RFC 2606).
-    async with client_for("http://nobody.invalid") as model:
-        _, failure = await failure_of(model)
-    assert "ClientConnectorDNSError" in failure.cause
 
 
 # Time limits
@@ -363,26 +372,64 @@ async def test_a_first_chunk_that_never_comes_is_not_tried_again(gemini: GeminiS
         assert await read(model)
 
 
-async def test_a_stream_that_drips_for_ever_fails(gemini: GeminiStandIn) -> None:
-    async def drip(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        while True:
-            await response.write(event("가"))
-            await asyncio.sleep(0.05)
+async def drip(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    while True:
+        await response.write(event("가"))
+        await asyncio.sleep(0.05)
 
+
+async def test_a_reply_that_speaks_for_too_long_is_cut_and_completes(gemini: GeminiStandIn) -> None:
     gemini.answers.append(drip)
     async with client_for(gemini.url, reply_timeout=0.5) as model:
-        texts, failure = await failure_of(model)
-        assert len(texts) > 1
-        assert failure.cause == "Gemini: REPLY_TIMEOUT_SECONDS passed"
-        assert await read(model)
+        assert len(await read(model)) > 1
+        await until(lambda: gemini.ended == 1)
 
 
-# An answer that was cut off
+async def test_the_rest_of_a_reply_comes_within_the_time_for_all_of_it(gemini: GeminiStandIn) -> None:
+    gemini.answers.extend([stream(event("가")), silent_after()])
+    async with client_for(gemini.url, reply_timeout=0.5) as model:
+        _, failure = await failure_of(model)
+    assert failure.cause.startswith("Gemini: REPLY_TIMEOUT_SECONDS passed")
+
+
+async def test_a_finish_reason_ends_a_reply_whose_stream_stays_open(gemini: GeminiStandIn, model: Gemini) -> None:
+    gemini.answers.append(silent_after(event("가", "STOP")))
+    began = time.monotonic()
+    assert await read(model) == ["가"]
+    assert 0.4 < time.monotonic() - began < 5
+    gemini.answers.append(silent_after(event("가"), event(finish="SAFETY")))
+    with pytest.raises(Blocked):
+        await read(model)
+
+
+async def test_text_after_an_early_finish_reason_belongs_to_the_reply(gemini: GeminiStandIn, model: Gemini) -> None:
+    async def translating(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for text in ("가", "나", "다"):
+            await response.write(event(text, "STOP"))
+            await asyncio.sleep(0.3)
+        return response
+
+    gemini.answers.append(translating)
+    assert await read(model) == ["가", "나", "다"]
+
+
+async def test_a_reset_after_the_finish_reason_loses_nothing(gemini: GeminiStandIn, model: Gemini) -> None:
+    gemini.answers.append(reset_after(event("가", "STOP")))
+    assert await read(model) == ["가"]
+    assert len(gemini.requests) == 1
+
+
+# A reply that breaks off
 
 
 CUTS = {
+    "has an error event": stream(event("많이 힘드"), event("셨"), error_event(503)),
+    "has an event that is not JSON": stream(event("많이 힘드"), event("셨"), b"data: {x\n\n"),
+    "has STOP and then a bare error": stream(event("많이 힘드"), event("셨", "STOP"), json.dumps(error(503)).encode()),
     "ends": stream(event("많이 힘드"), event("셨")),
     "ends inside an event": stream(event("많이 힘드"), event("셨"), event("겠어요")[:40]),
     "is reset": reset_after(event("많이 힘드"), event("셨")),
@@ -398,7 +445,7 @@ async def hasty(gemini: GeminiStandIn) -> AsyncIterator[Gemini]:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-async def test_an_answer_that_is_cut_off_is_gone_on_with_once(gemini: GeminiStandIn, hasty: Gemini, cut: str) -> None:
+async def test_a_reply_that_breaks_off_is_continued_once(gemini: GeminiStandIn, hasty: Gemini, cut: str) -> None:
     gemini.answers.extend(
         [CUTS[cut], stream(event("힘드셨겠"), event("어요. 언제부터 "), event("그러셨나요?", "STOP"))]
     )
@@ -407,14 +454,31 @@ async def test_an_answer_that_is_cut_off_is_gone_on_with_once(gemini: GeminiStan
     assert second["contents"] == [
         *first["contents"],
         {"role": "model", "parts": [{"text": "많이 힘드셨"}]},
-        {"role": "user", "parts": [{"text": GO_ON}]},
+        {"role": "user", "parts": [{"text": CONTINUE}]},
     ]
     assert {**second, "contents": 0} == {**first, "contents": 0}
+    assert len(gemini.requests) == 2
     await until(lambda: gemini.ended == 2)
 
 
-@pytest.mark.parametrize("again", [*CUTS.values(), status(503), silent_after()])
-async def test_an_answer_that_is_cut_off_twice_fails(gemini: GeminiStandIn, again: Answer) -> None:
+async def test_a_reply_that_ran_out_of_tokens_gets_a_short_end(gemini: GeminiStandIn, model: Gemini) -> None:
+    cut = stream(event("네. 많이 힘드"), event("셨", "MAX_TOKENS"))
+    for rest in (stream(event("힘드셨겠어요.", "STOP")), stream(event("힘드셨겠어요. 그리고", "MAX_TOKENS"))):
+        gemini.answers.extend([cut, rest])
+        assert "".join(await read(model)).startswith("네. 많이 힘드셨겠어요.")
+        assert gemini.requests[-1]["body"]["contents"][-1]["parts"] == [{"text": FINISH_SENTENCE}]
+    # A reply that was whole until now does not become an error because its end fails.
+    for rest in (status(503), silent_after(), reset_after()):
+        gemini.answers.extend([cut, rest])
+        async with client_for(gemini.url, first_chunk_timeout=0.5) as hurried:
+            assert "".join(await read(hurried)) == "네. 많이 힘드셨"
+
+
+AGAIN = [answer for name, answer in CUTS.items() if "STOP" not in name]
+
+
+@pytest.mark.parametrize("again", [*AGAIN, status(503), silent_after()])
+async def test_a_reply_that_breaks_off_twice_fails(gemini: GeminiStandIn, again: Answer) -> None:
     gemini.answers.extend([CUTS["ends"], again])
     async with client_for(gemini.url, chunk_timeout=1, first_chunk_timeout=2) as model:
         texts, _ = await failure_of(model)
@@ -422,14 +486,7 @@ async def test_an_answer_that_is_cut_off_twice_fails(gemini: GeminiStandIn, agai
     assert len(gemini.requests) == 2
 
 
-async def test_the_rest_of_an_answer_comes_within_the_time_for_all_of_it(gemini: GeminiStandIn) -> None:
-    gemini.answers.extend([stream(event("가")), silent_after()])
-    async with client_for(gemini.url, reply_timeout=0.5) as model:
-        _, failure = await failure_of(model)
-    assert failure.cause == "Gemini: REPLY_TIMEOUT_SECONDS passed"
-
-
-async def test_an_answer_that_only_lacked_its_end_needs_no_rest(gemini: GeminiStandIn, model: Gemini) -> None:
+async def test_a_reply_that_only_lacked_its_end_gets_no_more_text(gemini: GeminiStandIn, model: Gemini) -> None:
     for rest in (stream(event("있어요."), event(finish="STOP")), stream(event(finish="STOP"))):
         gemini.answers.extend([stream(event("네, 듣고 있어요.")), rest])
         assert "".join(await read(model)) == "네, 듣고 있어요."
@@ -450,7 +507,7 @@ async def test_a_marker_around_the_cut_is_never_shown(gemini: GeminiStandIn, mod
         assert contents[-2]["parts"] == ([{"text": said}] if said else [{"text": "답 9"}])
 
 
-async def test_the_safety_filter_in_the_rest_of_an_answer_is_told_as_such(gemini: GeminiStandIn, model: Gemini) -> None:
+async def test_a_rest_that_the_safety_filter_blocks_raises_blocked(gemini: GeminiStandIn, model: Gemini) -> None:
     gemini.answers.extend([stream(event("가")), stream(event(finish="SAFETY"))])
     with pytest.raises(Blocked):
         await read(model)
@@ -462,104 +519,7 @@ async def test_leaving_the_rest_of_an_answer_closes_its_stream(gemini: GeminiSta
     await until(lambda: gemini.ended == 2)
 
 
-@pytest.mark.parametrize(
-    ("said", "rest", "whole"),
-    [
-        ("많이 힘드", "힘드셨겠어요.", "많이 힘드셨겠어요."),  # the last word again, as it was asked for
-        ("많이 힘드", "많이 힘드셨겠어요.", "많이 힘드셨겠어요."),  # all of it again
-        ("네. 많이 힘드", " 많이 힘드셨겠어요.", "네. 많이 힘드셨겠어요."),
-        ("네, 오늘은 ", "오늘은 쉬세요.", "네, 오늘은 쉬세요."),
-        ("네, 오늘은 ", "쉬세요.", "네, 오늘은 쉬세요."),
-        ("네, 오늘은", "쉬세요.", "네, 오늘은 쉬세요."),
-        ("네, 오늘은", " 쉬세요.", "네, 오늘은 쉬세요."),
-        ("네.", "네. 그러셨군요.", "네. 그러셨군요."),
-        ("네.\n", "그러셨군요.", "네.\n그러셨군요."),
-        ("네", ", 그러셨군요.", "네, 그러셨군요."),
-        ("나는 그 ", "그래서 왔어요.", "나는 그 그래서 왔어요."),  # begins like the last word, but is another
-        ("그렇습니다", "다음에 봬요.", "그렇습니다 다음에 봬요."),  # and like its last letter
-        ("네. 네.", "네. 네. 그럼요.", "네. 네. 그럼요."),
-        ("네.", "", "네."),
-        ("네.", "네.", "네."),
-        ("", "  네.", "  네."),
-    ],
-)
-def test_the_rest_is_joined_with_no_word_twice_and_a_space_between(said: str, rest: str, whole: str) -> None:
-    for size in range(1, len(rest) + 2):
-        joint = Joint(said)
-        told = [joint.feed(rest[at : at + size]) for at in range(0, len(rest), size)]
-        assert said + "".join(told) + joint.rest() == whole
-
-
-@given(st.text("가나 ,."), st.text("가나 ,.다"))
-def test_the_joint_loses_nothing_but_what_was_said_before(said: str, rest: str) -> None:
-    joint = Joint(said)
-    told = "".join(map(joint.feed, rest)) + joint.rest()
-    assert (said + rest).replace(" ", "").endswith(told.replace(" ", ""))
-    lost = rest.replace(" ", "").removesuffix(told.replace(" ", ""))
-    assert said.replace(" ", "").endswith(lost)
-
-
 # The fallback
-
-
-OVERLOADED: dict[str, tuple[list[Answer], int]] = {
-    "429 without a Retry-After": ([status(429)], 1),
-    "429 with a Retry-After beyond the budget": ([status(429, Retry_After="3600")], 1),
-    "429 after the attempts": ([status(429, Retry_After="0")] * 3, 3),
-    "500 after the attempts": ([status(500, Retry_After="0")] * 3, 3),
-    "503 after the attempts": ([status(503, Retry_After="0")] * 3, 3),
-    "503 with a Retry-After beyond the budget": ([status(503, Retry_After="3600")], 1),
-    "404": ([status(404)], 1),
-}
-
-
-@pytest.fixture
-async def models(gemini: GeminiStandIn) -> AsyncIterator[Gemini]:
-    async with client_for(gemini.url, fallback_model="m-2") as opened:
-        yield opened
-
-
-def asked(gemini: GeminiStandIn) -> list[str]:
-    """The models that were asked, in turn."""
-    return [request["path"].removeprefix("/models/").partition(":")[0] for request in gemini.requests]
-
-
-@pytest.mark.parametrize("name", OVERLOADED)
-async def test_the_fallback_is_asked_once_where_the_first_model_is_overloaded_or_gone(
-    gemini: GeminiStandIn, models: Gemini, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    answers, attempts = OVERLOADED[name]
-    gemini.answers.extend(answers)
-    assert "".join(await read(models)) == "네, 듣고 있어요."
-    assert asked(gemini) == ["m-1"] * attempts + ["m-2"]
-    assert gemini.requests[0]["body"] == gemini.requests[-1]["body"]
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "bemore_voice"]
-    assert line.endswith("asking GEMINI_FALLBACK_MODEL")
-
-
-@pytest.mark.parametrize("name", OVERLOADED)
-async def test_a_fallback_that_fails_too_is_the_end(gemini: GeminiStandIn, models: Gemini, name: str) -> None:
-    answers, attempts = OVERLOADED[name]
-    for again in (status(503), status(429), status(404), reset_after()):
-        gemini.requests.clear()
-        gemini.answers.extend([*answers, again])
-        await failure_of(models)
-        assert asked(gemini) == ["m-1"] * attempts + ["m-2"]
-
-
-@pytest.mark.parametrize("fault", [status(400), status(401), status(403), stream(event("", "STOP"))])
-async def test_the_fallback_is_not_asked_for_what_it_would_fail_at_too(
-    gemini: GeminiStandIn, models: Gemini, fault: Answer
-) -> None:
-    gemini.answers.append(fault)
-    await failure_of(models)
-    assert asked(gemini) == ["m-1"]
-
-
-async def test_a_useful_retry_after_is_waited_for_before_the_fallback(gemini: GeminiStandIn, models: Gemini) -> None:
-    gemini.answers.append(status(429, Retry_After="0"))
-    await read(models)
-    assert asked(gemini) == ["m-1", "m-1"]
 
 
 async def test_the_fallback_answers_within_the_time_for_the_first_text(gemini: GeminiStandIn) -> None:
@@ -569,13 +529,49 @@ async def test_the_fallback_answers_within_the_time_for_the_first_text(gemini: G
     assert failure.cause == "Gemini: FIRST_CHUNK_TIMEOUT_SECONDS passed"
 
 
-async def test_the_model_that_was_cut_off_goes_on(gemini: GeminiStandIn, models: Gemini) -> None:
+async def test_the_fallback_continues_its_own_reply(gemini: GeminiStandIn, models: Gemini) -> None:
     gemini.answers.extend([status(404), stream(event("가")), stream(event("나", "STOP"))])
     assert "".join(await read(models)) == "가 나"
     assert asked(gemini) == ["m-1", "m-2", "m-2"]
 
 
-async def test_a_wrong_name_of_the_fallback_is_told_before_it_is_needed(
+@pytest.mark.parametrize("failure", ["429", "503", "an error event 503", "an empty stream", "thoughts alone"])
+async def test_the_fallback_is_asked_after_three_attempts(
+    gemini: GeminiStandIn, models: Gemini, caplog: pytest.LogCaptureFixture, failure: str
+) -> None:
+    gemini.answers.extend([PASSING[failure]] * 3)
+    assert "".join(await read(models)) == "네, 듣고 있어요."
+    assert asked(gemini) == ["m-1"] * 3 + ["m-2"]
+    (line,) = [message for message in caplog.messages if "attempt 3" in message]
+    assert line.endswith("asking GEMINI_FALLBACK_MODEL")
+
+
+@pytest.mark.parametrize("name", ["model unknown", "quota zero", "the day's quota"])
+async def test_the_fallback_is_asked_at_once_where_the_model_is_gone(
+    gemini: GeminiStandIn, models: Gemini, name: str
+) -> None:
+    body = REFUSALS[name][0]
+    gemini.answers.append(status(body["error"]["code"], json.dumps(body)))
+    await read(models)
+    assert asked(gemini) == ["m-1", "m-2"]
+
+
+async def test_the_fallback_gets_no_thinking_level(gemini: GeminiStandIn, models: Gemini) -> None:
+    gemini.answers.append(status(404))
+    await read(models)
+    first, second = (request["body"] for request in gemini.requests)
+    assert first["generationConfig"].pop("thinkingConfig") == {"thinkingLevel": "minimal"}
+    assert first == second
+
+
+@pytest.mark.parametrize("again", [status(503), status(404), refusal(400, "Thinking level"), reset_after(), stream()])
+async def test_a_fallback_that_fails_too_is_the_end(gemini: GeminiStandIn, models: Gemini, again: Answer) -> None:
+    gemini.answers.extend([status(404), again])
+    await failure_of(models)
+    assert asked(gemini) == ["m-1", "m-2"]
+
+
+async def test_a_wrong_fallback_name_is_logged_at_the_start(
     gemini: GeminiStandIn, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def describe(request: web.Request) -> web.StreamResponse:
@@ -586,7 +582,7 @@ async def test_a_wrong_name_of_the_fallback_is_told_before_it_is_needed(
         await until(lambda: len(gemini.warmed) == 2)
         await warm()
     (line,) = [record.getMessage() for record in caplog.records if record.name == "bemore_voice"]
-    assert "check GEMINI_FALLBACK_MODEL" in line
+    assert "GEMINI_FALLBACK_MODEL is unknown or retired" in line
 
 
 # Connections
@@ -605,7 +601,7 @@ async def test_one_connection_is_kept_for_the_next_reply(gemini: GeminiStandIn, 
     assert len(gemini.warmed) == 1
 
 
-async def test_a_connection_is_warm_before_the_first_word_and_again_after_a_silence(gemini: GeminiStandIn) -> None:
+async def test_a_connection_is_opened_before_the_first_word(gemini: GeminiStandIn) -> None:
     async with client_for(gemini.url) as model:
         await warm()
         model.prepare()
@@ -616,18 +612,6 @@ async def test_a_connection_is_warm_before_the_first_word_and_again_after_a_sile
         model.prepare()
         await until(lambda: len(gemini.warmed) == 3)
     assert len(gemini.requests) == 1
-
-
-@pytest.mark.parametrize("number", [400, 401, 403, 404])
-async def test_a_wrong_key_or_name_is_told_before_anyone_speaks(
-    gemini: GeminiStandIn, caplog: pytest.LogCaptureFixture, number: int
-) -> None:
-    gemini.description = status(number, "hush")
-    async with client_for(gemini.url):
-        await until(lambda: caplog.records)
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"Gemini: status {number} for the model's description: check GEMINI_")
-    assert "hush" not in line
 
 
 async def test_a_model_that_is_away_at_the_start_holds_nothing_up(gemini: GeminiStandIn) -> None:
@@ -649,10 +633,10 @@ async def test_a_model_that_is_away_at_the_start_holds_nothing_up(gemini: Gemini
 RESET = (socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # at close, in place of an orderly end
 
 
-async def test_six_stale_connections_do_not_cost_two_replies_in_a_row(gemini: GeminiStandIn, model: Gemini) -> None:
+async def test_stale_connections_cost_no_reply(gemini: GeminiStandIn, model: Gemini) -> None:
     """Each is reset at its next use, as by a router that has forgotten it; and the service has a bad moment, too."""
     await warm()
-    together, stale, reused = asyncio.Barrier(6), set[Any](), []
+    together, stale, reused = asyncio.Barrier(3), set[Any](), []
 
     async def keep(request: web.Request) -> web.StreamResponse:
         await together.wait()
@@ -669,11 +653,11 @@ async def test_six_stale_connections_do_not_cost_two_replies_in_a_row(gemini: Ge
 
     gemini_default, fresh = gemini.default, deque[Answer]()
     gemini.default = keep
-    await asyncio.gather(*(read(model) for _ in range(6)))
+    await asyncio.gather(*(read(model) for _ in range(3)))
     stale.update(gemini.peers)
-    assert len(stale) == 6
+    assert len(stale) == 3
     gemini.default = forget
-    for number in range(1, 7):
+    for number in range(1, 4):
         fresh.extend([status(503, Retry_After="0")] * 2)
         gemini.requests.clear()
         assert "".join(await read(model)) == "네, 듣고 있어요."
@@ -693,11 +677,6 @@ async def test_a_retry_takes_a_connection_of_its_own(gemini: GeminiStandIn, mode
     assert len({*retries} - kept) == 2
 
 
-async def test_a_tail_that_never_ends_does_not_hold_the_reply_up(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.answers.append(silent_after(event("가", "STOP")))
-    assert await read(model) == ["가"]
-
-
 async def test_two_hundred_replies_at_once_have_two_hundred_streams(gemini: GeminiStandIn, model: Gemini) -> None:
     together = asyncio.Barrier(200)
 
@@ -707,24 +686,6 @@ async def test_two_hundred_replies_at_once_have_two_hundred_streams(gemini: Gemi
 
     gemini.default = answer
     assert await asyncio.gather(*(read(model) for _ in range(200))) == [["가"]] * 200
-
-
-async def test_an_answer_that_never_says_a_word_is_given_up_before_it_takes_much(
-    gemini: GeminiStandIn, model: Gemini
-) -> None:
-    """Events without text, as fast as they go."""
-
-    async def endless(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        while True:
-            await response.write(event("") * 1000)
-
-    gemini.answers.append(endless)
-    texts, failure = await failure_of(model)
-    assert texts == []
-    assert "silence of over 2 MiB" in failure.cause
-    await until(lambda: gemini.ended == 1)
 
 
 async def test_leaving_a_reply_closes_its_stream(gemini: GeminiStandIn, model: Gemini) -> None:

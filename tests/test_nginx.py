@@ -559,7 +559,7 @@ def headers_of_the_frontend(**more: str) -> dict[str, str]:
     return {
         "Origin": FRONTEND_ORIGIN,
         "X-Request-ID": "req_1763000000000_1a2b3c4d",
-        "X-Client-Version": "1.2.0",
+        "X-Frontend-Version": "1.2.0",
         "X-Device-ID": "device_1a2b3c4d",
         "X-Timestamp": "1763000000000",
         "X-CSRF-Token": "csrf",

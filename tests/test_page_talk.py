@@ -49,7 +49,7 @@ async def test_turns_stay_and_the_newest_is_at_the_bottom(still: Visit) -> None:
     for number in range(12):
         await still.write(f"{number}번째로 하는 말")
         await still.replied(f"들은 말: {number}번째로 하는 말")
-    await still.run(60_000)
+    await still.wait(60)
     await expect(still[".mine"]).to_have_text([f"{number}번째로 하는 말" for number in range(12)])
     await expect(still[f"{LAST} .theirs"]).to_be_in_viewport(ratio=1)
     tops = "[...document.querySelectorAll('.mine, .theirs')].map((bubble) => bubble.getBoundingClientRect().top)"
@@ -204,13 +204,16 @@ async def test_a_failing_model_is_said_with_a_way_to_ask_again(visit: Visit, cou
 
 
 async def test_a_reply_of_which_nothing_comes_is_given_up(still: Visit, counsellor: ScriptedCounsellor) -> None:
-    counsellor.expect()
+    talk = counsellor.expect()
     await still.write(CANARY)
-    for _ in range(10):
-        await still.state("생각 중")
-        await still.run(4_000)
-        await still.until("pings", 0)  # the connection works
+    await still.wait(36)
+    await still.state("생각 중")
+    await still.wait(4)
     await expect(still[".note span"]).to_have_text("답을 받지 못했습니다.")
+    talk.say("늦은 답이에요.").end()
+    await still.replied("늦은 답이에요.")
+    await expect(still[".mine"]).to_have_text([CANARY])
+    await expect(still[".note"]).to_be_hidden()
 
 
 async def test_the_rate_is_said_with_the_wait(browser: Browser, tmp_path: Path) -> None:

@@ -47,10 +47,32 @@ def test_demo_mode_wins_over_a_key() -> None:
     assert not read_settings({"GEMINI_API_KEY": "k"}).demo
 
 
+def test_a_server_of_ones_own_needs_no_key_and_wins_over_gemini() -> None:
+    values = {"OPENAI_BASE_URL": "http://localhost:11434/v1/", "OPENAI_MODEL": "hf.co/org/qwen3:8b-Q4_K_M"}
+    settings = read_settings({**values, "GEMINI_API_KEY": "k", "DATABASE_URL": "postgres://h/d"})
+    assert not settings.demo
+    assert (settings.openai_base_url, settings.openai_model) == ("http://localhost:11434/v1", values["OPENAI_MODEL"])
+    assert settings.openai_api_key == ""
+    with pytest.raises(ConfigError, match=r"^OPENAI_MODEL: takes "):
+        read_settings({"OPENAI_BASE_URL": "http://localhost:11434/v1"})
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_quotes_around_a_value_are_taken_off(quote: str) -> None:
+    """docker --env-file leaves them there."""
+    values = {"GEMINI_API_KEY": "AIza-x", "GEMINI_THINKING_LEVEL": "low", "PORT": "81", "LOG_LEVEL": ""}
+    assert read_settings({name: f"{quote}{value}{quote}" for name, value in values.items()}) == read_settings(values)
+    assert read_settings({"GEMINI_API_KEY": f"{quote}k"}).gemini_api_key == f"{quote}k"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("PORT", "eighty"),
+        ("OPENAI_BASE_URL", "localhost:11434/v1"),
+        ("OPENAI_BASE_URL", "http://user:hush@host/v1"),
+        ("OPENAI_MODEL", "a model"),
+        ("OPENAI_API_KEY", "열쇠"),
         ("PORT", "65536"),
         ("PORT", "80.5"),
         ("DATABASE_URL", "mysql://localhost/db"),
@@ -102,7 +124,12 @@ def test_required_tokens_need_a_secret_of_32_bytes(secret: str) -> None:
 
 
 def test_secrets_do_not_show_in_a_repr() -> None:
-    secrets = {"GEMINI_API_KEY": "hush1", "JWT_SECRET_KEY": "hush2", "DATABASE_URL": "postgres://u:hush3@h/d"}
+    secrets = {
+        "GEMINI_API_KEY": "hush1",
+        "JWT_SECRET_KEY": "hush2",
+        "OPENAI_API_KEY": "hush4",
+        "DATABASE_URL": "postgres://u:hush3@h/d",
+    }
     settings = read_settings(secrets)
     assert isinstance(settings, Settings)
     assert "hush" not in repr(settings)
