@@ -48,9 +48,10 @@ import re
 import signal
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from json.encoder import encode_basestring
+from typing import Any
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
@@ -69,13 +70,13 @@ from bemore.openai import OpenAI
 from bemore.outbox import ErrorCode, Failure, Frame, Kind, Ping, Send
 from bemore.refusals import MAX_BODY_BYTES, HttpRefusal
 from bemore.retention import keep_erasing
+from bemore.risk_marks import RiskMarks
 from bemore.settings import MIN_SECRET_BYTES, ConfigError, Settings, read_dotenv, read_settings, similar_settings
 from bemore.sqlite import SQLite
 from bemore.storage import (
     CannotStart,
     NewTurn,
     NoToken,
-    NotPermitted,
     Storage,
     StorageError,
     Unavailable,
@@ -114,7 +115,7 @@ class Limits:
     close_seconds: float = 2  # for the peer's half of the closing handshake
     store_seconds: float = 5  # for a row, with retries
     history_seconds: float = 1  # for the row of the turn before, so that the model sees it
-    mark_retry_seconds: float = 5  # between two tries to mark sessions as at risk
+    mark_retry_seconds: float = 1  # between two tries to mark sessions as at risk
     drain_seconds: float = 10  # for replies in progress at shutdown
     write_seconds: float = 2  # for rows and marks at shutdown
     header_seconds: float = 10  # for a connection's first request header; phones on bad networks need two or three
@@ -410,68 +411,19 @@ class AddressLimiter:
 SIGNALS = {Notice.SELF: Signal.EXPLICIT, Notice.OTHERS: Signal.VIOLENCE}
 
 
-class RiskMarks:
-    """Marks sessions as at risk in the database, and tries again until the database has taken the mark.
-
-    This is the only write that is retried after its reply has ended.
-    """
-
-    def __init__(self, storage: Storage, *, create: bool, retry_seconds: float) -> None:
-        self._storage, self._create, self._retry_seconds = storage, create, retry_seconds
-        self._waiting: set[str] = set()
-        self._task: asyncio.Task[None] | None = None
-
-    def add(self, session_id: str) -> None:
-        self._waiting.add(session_id)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._work())
-
-    def discard(self, session_id: str) -> None:
-        """Give up the mark of a session that is erased."""
-        self._waiting.discard(session_id)
-
-    async def finish(self, seconds: float) -> None:
-        """Wait until all marks are written, for so many seconds at most."""
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=seconds)
-            self._task.cancel()
-
-    async def _work(self) -> None:
-        while self._waiting:
-            for session_id in list(self._waiting):
-                with contextlib.suppress(Unavailable):
-                    await self._mark(session_id)
-                    self._waiting.discard(session_id)
-            if self._waiting:
-                await asyncio.sleep(self._retry_seconds)
-
-    async def _mark(self, session_id: str) -> None:
-        try:
-            await self._storage.mark_at_risk(session_id, create=self._create)
-        except NotPermitted as error:
-            # The next try would be forbidden as well.
-            logger.warning("session=%s outcome=not_marked cause=%r", anonymous(session_id), error.cause)
-
-
 class Services:
     """What all sessions of the process share."""
 
     def __init__(
         self, settings: Settings, storage: Storage, counsellor: Counsellor, limits: Limits, clock: Callable[[], float]
     ) -> None:
+        self.settings = settings
         self.storage = storage
         self.counsellor = counsellor
         self.limits = limits
         self.clock = clock
         self.model_health = ModelHealth(clock)
         self.marks = RiskMarks(storage, create=settings.auto_create_sessions, retry_seconds=limits.mark_retry_seconds)
-        self.requests_per_minute = settings.max_ai_requests_per_minute
-        self.create_sessions = settings.auto_create_sessions
-        self.barge_in = settings.barge_in
-        self._token_secrets = settings.jwt_secret_key
-        self._token_seconds = settings.session_ttl_hours * 3600
-        self.interval = settings.stream_chunk_interval_ms / 1000
-        self.gap = limits.frame_gap_seconds if self.interval else 0
         self._last_seq = 0
         self._judging = asyncio.Lock()
         self.became_idle = asyncio.Event()  # set by a session that has nothing to do any more
@@ -484,7 +436,9 @@ class Services:
 
     def fresh_token(self, session_id: str, token: str) -> str:
         """Return a new token if less than half of the life of `token` is left, else an empty string."""
-        return access.fresh_token(session_id, token, self._token_secrets, self._token_seconds, self.clock())
+        settings = self.settings
+        life = settings.session_ttl_hours * 3600
+        return access.fresh_token(session_id, token, settings.jwt_secret_key, life, self.clock())
 
     def next_seq(self) -> int:
         """Return the next frame number: from the clock, so that none repeats after a restart or on another replica."""
@@ -517,19 +471,19 @@ class Session:
         self.clients: set[Client] = set()
         self._services = services
         self._forget = forget
-        limits = services.limits
+        interval = services.settings.stream_chunk_interval_ms / 1000
         self._conversation = Conversation(
             FIRST,
             SHORT,
             services.next_seq,
-            gap=services.gap,
-            interval=services.interval,
-            keep=limits.keep_reply_seconds,
-            barge_in=services.barge_in,
+            gap=services.limits.frame_gap_seconds if interval else 0,
+            interval=interval,
+            keep=services.limits.keep_reply_seconds,
+            barge_in=services.settings.barge_in,
         )
         self._timer: asyncio.TimerHandle | None = None
-        self._answering: asyncio.Task[None] | None = None  # the task of the current turn
-        self._storing: set[asyncio.Task[None]] = set()
+        self._answering: dict[Turn, asyncio.Task[None]] = {}
+        self._storing: dict[Turn, asyncio.Task[None]] = {}
 
     @property
     def idle(self) -> bool:
@@ -567,7 +521,7 @@ class Session:
 
     async def abandon(self) -> None:
         """Cancel what still asks the database or the model, and wait until it has ended."""
-        tasks = [*self._storing, *([self._answering] if self._answering else [])]
+        tasks = [*self._answering.values(), *self._storing.values()]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -586,14 +540,11 @@ class Session:
                     for client in peers:
                         client.send(b"%d" % seq, WSMsgType.PING)
                 case Admit(turn):
-                    self._answering = asyncio.create_task(self._answer(turn))
-                case Stop():
-                    assert self._answering is not None
-                    self._answering.cancel()
+                    self._start(self._answering, turn, self._answer(turn))
+                case Stop(turn):
+                    self._answering[turn].cancel()
                 case Store(turn):
-                    task = asyncio.create_task(self._store(turn))
-                    self._storing.add(task)
-                    task.add_done_callback(self._storing.discard)
+                    self._start(self._storing, turn, self._store(turn))
                 case Mark():
                     self._services.marks.add(self.id)
                 case Ended(turn, outcome):
@@ -603,6 +554,11 @@ class Session:
         if self._conversation.idle:
             self._services.became_idle.set()
         self._set_timer(self._conversation.deadline())
+
+    def _start(self, tasks: dict[Turn, asyncio.Task[None]], turn: Turn, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task of a turn, and keep it among `tasks` until it has ended."""
+        tasks[turn] = task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: tasks.pop(turn))
 
     def _set_timer(self, deadline: float | None) -> None:
         if self._timer is not None:
@@ -623,9 +579,12 @@ class Session:
         conversation, services = self._conversation, self._services
         try:
             if self._storing:  # The history is to contain the turn before.
-                await asyncio.wait(self._storing, timeout=services.limits.history_seconds)
+                await asyncio.wait(self._storing.values(), timeout=services.limits.history_seconds)
             admission = await services.storage.admit(
-                self.id, services.now_us(), services.requests_per_minute, create=services.create_sessions
+                self.id,
+                services.now_us(),
+                services.settings.max_ai_requests_per_minute,
+                create=services.settings.auto_create_sessions,
             )
             self._apply(conversation.admitted(turn, loop_time(), at_risk=admission.at_risk))
             if turn.phase is Phase.STREAMING:
@@ -667,7 +626,7 @@ class Session:
         words, conversation = turn.utterance, self._conversation
         row = NewTurn(words.message, "".join(turn.reply.said), words.emotion, words.timestamp)
         # If the database failed at the admission, it has not created the session yet.
-        create = self._services.create_sessions and turn.failure is not None
+        create = self._services.settings.auto_create_sessions and turn.failure is not None
         cause, pause = "database: no answer", 0.1
         try:
             async with asyncio.timeout(self._services.limits.store_seconds):
