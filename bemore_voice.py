@@ -471,7 +471,7 @@ class Services:
         self._token_secrets = settings.jwt_secret_key
         self._token_seconds = settings.session_ttl_hours * 3600
         self.interval = settings.stream_chunk_interval_ms / 1000
-        self.gap = min(limits.frame_gap_seconds, self.interval)
+        self.gap = limits.frame_gap_seconds if self.interval else 0
         self._last_seq = 0
         self._judging = asyncio.Lock()
         self.became_idle = asyncio.Event()  # set by a session that has nothing to do any more
@@ -666,12 +666,14 @@ class Session:
         assert turn.reply is not None
         words, conversation = turn.utterance, self._conversation
         row = NewTurn(words.message, "".join(turn.reply.said), words.emotion, words.timestamp)
+        # If the database failed at the admission, it has not created the session yet.
+        create = self._services.create_sessions and turn.failure is not None
         cause, pause = "database: no answer", 0.1
         try:
             async with asyncio.timeout(self._services.limits.store_seconds):
                 while True:
                     try:
-                        await self._services.storage.add_turn(self.id, row)
+                        await self._services.storage.add_turn(self.id, row, create=create)
                         break
                     except Unavailable as error:
                         cause = error.cause

@@ -70,6 +70,9 @@ class Action(Enum):
     FAIL = "fail"
 
 
+RETRIED = (Action.RETRY, Action.RETRY_OR_FALLBACK)
+
+
 class RetryableError(Exception):
     """A request did not bring a whole reply. If there was text, the reply is continued; else `action` follows.
 
@@ -84,7 +87,6 @@ class RetryableError(Exception):
         pause: float | None = None,
         at_once: bool = False,
         sentence_open: bool = False,
-        may_end: bool = False,
     ) -> None:
         super().__init__(cause)
         self.cause = cause
@@ -96,7 +98,7 @@ class RetryableError(Exception):
         # The reply ran out of tokens inside a sentence.
         self.sentence_open = sentence_open
         # The reply can end here if it cannot be continued.
-        self.may_end = may_end or sentence_open
+        self.may_end = sentence_open
 
 
 def conversation(prompt: Prompt, said: str = "", request_for_rest: str = "") -> list[str]:
@@ -143,8 +145,7 @@ class RetryPlan:
 
     def _next_attempt(self, error: RetryableError, left: float) -> float:
         pause = self._pause(error, left)
-        retried = error.action in (Action.RETRY, Action.RETRY_OR_FALLBACK)
-        cause = f"{self._label}: {error.cause}" + (f", attempt {self._attempt}" if retried else "")
+        cause = f"{self._label}: {error.cause}" + (f", attempt {self._attempt}" if error.action in RETRIED else "")
         self._attempt += 1
         if pause is not None:
             return pause
@@ -156,7 +157,7 @@ class RetryPlan:
 
     def _pause(self, error: RetryableError, left: float) -> float | None:
         """Return the seconds until the same model is asked again, or None if it is not."""
-        if self._on_fallback or error.action not in (Action.RETRY, Action.RETRY_OR_FALLBACK):
+        if self._on_fallback or error.action not in RETRIED:
             return None
         enough = self._fallbacks and self._attempt >= ATTEMPTS_BEFORE_FALLBACK
         if enough and error.action is Action.RETRY_OR_FALLBACK:
@@ -246,8 +247,8 @@ class ReplyReader:
     """
 
     def __init__(self, said: str, say: Say, end_at: Callable[[float], None], patience: float, latest: float) -> None:
-        # Whether this request has brought text, and whether it has brought a finish reason.
-        self.spoke = self.finished = False
+        # Whether this request has brought text, a marker, and a finish reason.
+        self.spoke = self.noticed = self.finished = False
         self._said = [said]
         # White space before the first word; a reply of nothing else counts as no text.
         self._blank = ""
@@ -268,8 +269,7 @@ class ReplyReader:
             now = asyncio.get_running_loop().time()
             # Rescheduling at each chunk would cost a twelfth of a chunk, so the limit is moved when it comes near.
             if self._ends < self._latest and self._ends < now + self._patience:
-                self._ends = min(now + 1.1 * self._patience, self._latest)
-                self._end_at(self._ends)
+                self._extend(now, 1.1 * self._patience)
             self._tell(text)
 
     def hear_last(self, text: str) -> None:
@@ -277,20 +277,24 @@ class ReplyReader:
         self._tell(self._think.feed(text))
 
     def finish(self) -> None:
-        """Note that the request has brought a finish reason."""
+        """Note that the request has brought a finish reason: only text that comes soon still belongs to the reply."""
         self.finished = True
-        now = asyncio.get_running_loop().time()
-        self._ends = min(now + TAIL_SECONDS, self._latest)
-        self._end_at(self._ends)
+        self._patience = TAIL_SECONDS
+        self._extend(asyncio.get_running_loop().time(), TAIL_SECONDS)
 
     def end(self) -> None:
         """Pass on what is still held: the reply is whole."""
         self._tell(self._think.rest())
         self._pass_on(self._joiner.feed(self._marker.rest()) + self._joiner.rest())
 
+    def _extend(self, now: float, seconds: float) -> None:
+        self._ends = min(now + seconds, self._latest)
+        self._end_at(self._ends)
+
     def _tell(self, text: str) -> None:
         for piece in self._marker.feed(text):
             if isinstance(piece, Notice):
+                self.noticed = True
                 self._say(piece)
             else:
                 self._pass_on(self._joiner.feed(piece))

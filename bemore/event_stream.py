@@ -128,8 +128,11 @@ class AnswerParser:
                     text += self._take(event)
         return self._join_halves(text)
 
-    def check(self, said: str) -> None:
-        """Raise Blocked or RetryableError unless the answer ended as it should; `said` is the whole reply so far."""
+    def check(self, said: str, *, noticed: bool = False) -> None:
+        """Raise Blocked or RetryableError unless the answer ended as it should.
+
+        `said` is the whole reply so far, `noticed` tells whether the answer holds a marker, which needs no words.
+        """
         if self.end is End.BLOCKED:
             raise Blocked
         if self.error is not None:
@@ -137,10 +140,10 @@ class AnswerParser:
             raise self.error
         if self.end is None:
             raise RetryableError("the stream ended without a finish reason", Action.RETRY_OR_FALLBACK)
-        if not said:
+        if not said and not noticed:
             hint = f": {self._tokens_hint}" if self.end is End.TOKENS else ""
             raise RetryableError(f"an answer without any text{hint}", Action.RETRY_OR_FALLBACK)
-        if self.end is End.TOKENS and not SENTENCE_END.search(said):
+        if self.end is End.TOKENS and said and not SENTENCE_END.search(said):
             raise RetryableError("the tokens ended inside a sentence", Action.FAIL, sentence_open=True)
 
     def _text_of(self, data: bytes) -> str:

@@ -34,7 +34,7 @@ from bemore.model_client import KEEPALIVE_SECONDS, ModelClient, Rule
 SERVER_ERRORS = range(500, 600)
 # The first rule that fits counts. {setting} is the setting that names the model.
 RULES = (
-    Rule({400}, "API_KEY_INVALID|API key (not valid|expired)", Action.FAIL, "GEMINI_API_KEY is not a valid key"),
+    Rule({400}, "(?i)API_KEY_INVALID|API key (not|expired)", Action.FAIL, "GEMINI_API_KEY is not a valid key"),
     Rule(
         {400},
         "FAILED_PRECONDITION|location is not supported",
@@ -55,7 +55,12 @@ RULES = (
         "check GEMINI_API_KEY, and whether {setting} takes GEMINI_THINKING_LEVEL and GEMINI_MAX_OUTPUT_TOKENS",
     ),
     Rule({401}, "", Action.FAIL, "check GEMINI_API_KEY"),
-    Rule({402, 429}, "(?i)prepa(id|y)|PAYMENT_REQUIRED", Action.FAIL, "no prepaid credit is left for GEMINI_API_KEY"),
+    Rule(
+        {402, 429},
+        "(?i)prepa(id|y)|spending cap|PAYMENT_REQUIRED",
+        Action.FAIL,
+        "no prepaid credit is left for GEMINI_API_KEY, or its spending cap is reached",
+    ),
     Rule({402}, "", Action.FAIL, "the project of GEMINI_API_KEY has no credit or no billing"),
     Rule(
         {403},

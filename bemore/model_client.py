@@ -38,8 +38,8 @@ PIECE_BYTES = 16 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 # People think between two turns, and a new TLS connection costs 100 to 300 ms.
 KEEPALIVE_SECONDS = 120
-# google.rpc.RetryInfo in the body of an error.
-RETRY_DELAY = re.compile(r'"retryDelay": "(\d+(?:\.\d+)?)s"')
+# google.rpc.RetryInfo in the body of an error, or the same in its message.
+RETRY_DELAY = re.compile(r'(?:"retryDelay": "|retry in )(\d+(?:\.\d+)?)s')
 
 
 class Rule(NamedTuple):
@@ -213,7 +213,7 @@ class ModelClient(Counsellor):
             if not reader.finished:
                 raise
         reader.hear_last(answer.close())
-        answer.check(reader.said)
+        answer.check(reader.said, noticed=reader.noticed)
         reader.end()
 
     async def _stream(
@@ -239,7 +239,7 @@ class ModelClient(Counsellor):
                             await asyncio.sleep(0)
                         if text := answer.feed(block[at : at + PIECE_BYTES]):
                             reader.hear(text)
-                    if answer.end is not None:
+                    if answer.end is not None and not reader.finished:
                         reader.finish()
                 if session is self._kept and answer.error is None:
                     self._note_warm()
@@ -285,7 +285,7 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     """Return the seconds that a Retry-After header asks for, as a number or a date (RFC 9110, 10.2.3)."""
     if value is None:
         return None
-    if value.strip().isdecimal():
+    if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", value):
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)

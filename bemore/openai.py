@@ -24,7 +24,12 @@ RULES = (
         Action.REPEAT_WITHOUT_OPTIONS,
         "OPENAI_MODEL does not take max_tokens: sending max_completion_tokens from now on",
     ),
-    Rule({400, 422}, "", Action.FAIL, "check OPENAI_API_KEY, and whether OPENAI_MODEL is a chat model"),
+    Rule(
+        {400, 422},
+        "",
+        Action.FAIL,
+        "check OPENAI_API_KEY, and whether OPENAI_MODEL is a chat model with room for the prompt",
+    ),
     Rule({401, 403}, "", Action.FAIL, "check OPENAI_API_KEY and what it may use"),
     Rule({402, 429}, "insufficient_quota|PAYMENT_REQUIRED", Action.FAIL, "no credit is left for OPENAI_API_KEY"),
     Rule({402}, "", Action.FAIL, "no credit is left for OPENAI_API_KEY"),

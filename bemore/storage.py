@@ -69,13 +69,17 @@ OF_SESSION = "FROM sessions WHERE session_id = CAST($1 AS TEXT)"
 # This is the same rule as class TokenBucket in bemore_voice.py. The bucket is stored as the moment at which it is full
 # again. A token moves that moment on by the time in which one token refills, and is refused if the moment would then be
 # further away than an empty bucket takes to refill. One statement, so that two replicas cannot take the same token.
+# A moment that lies even further away was stored before a clock stepped back. Such a bucket counts as full, so that the
+# session is not locked out.
 # $2 is now, $3 the refill time of one token, $4 the refill time of the whole bucket, all in microseconds.
 ADMIT = f"""
 INSERT INTO token_buckets (session_id, full_at)
 SELECT CAST($1 AS TEXT), CAST($2 AS BIGINT) + CAST($3 AS BIGINT) {OF_SESSION}
-ON CONFLICT (session_id) DO UPDATE SET full_at = CAST($3 AS BIGINT)
-    + CASE WHEN token_buckets.full_at > CAST($2 AS BIGINT) THEN token_buckets.full_at ELSE CAST($2 AS BIGINT) END
+ON CONFLICT (session_id) DO UPDATE SET full_at = CAST($3 AS BIGINT) + CASE
+    WHEN token_buckets.full_at BETWEEN CAST($2 AS BIGINT) AND CAST($2 AS BIGINT) + CAST($4 AS BIGINT)
+    THEN token_buckets.full_at ELSE CAST($2 AS BIGINT) END
 WHERE token_buckets.full_at + CAST($3 AS BIGINT) <= CAST($2 AS BIGINT) + CAST($4 AS BIGINT)
+    OR token_buckets.full_at > CAST($2 AS BIGINT) + CAST($4 AS BIGINT) + {CLOCK_SKEW_US}
 RETURNING at_risk, (
     SELECT json_agg(json_build_array(id, user_message, ai_response)) FROM (
         SELECT id, user_message, ai_response FROM conversations
@@ -84,10 +88,6 @@ RETURNING at_risk, (
 )
 """
 FULL_AT = "SELECT full_at FROM token_buckets WHERE session_id = CAST($1 AS TEXT)"
-EMPTY_BUCKET = (
-    "UPDATE token_buckets SET full_at = CAST($2 AS BIGINT)"
-    " WHERE session_id = CAST($1 AS TEXT) AND full_at > CAST($2 AS BIGINT)"
-)
 
 # The risk mark is stored in the row of the token bucket. A session without a bucket gets a full one.
 MARK_AT_RISK = f"""
@@ -204,30 +204,20 @@ class Storage(ABC):
         bucket = refill * per_minute
         taken = await self.fetch(ADMIT, session_id, now_us, refill, bucket, HISTORY_TURNS, create=create)
         if not taken:
-            full_at = await self._full_at(session_id, now_us + bucket)
-            raise NoToken(max(1, -(-(full_at + refill - bucket - now_us) // 1000)))
+            if not (rows := await self.fetch(FULL_AT, session_id)):
+                raise UnknownSession
+            raise NoToken(max(1, -(-(rows[0][0] + refill - bucket - now_us) // 1000)))
         ((at_risk, last),) = taken
         return Admission(bool(at_risk), [PastTurn(*said) for said in sorted(json.loads(last or "[]"))])
-
-    async def _full_at(self, session_id: str, latest: int) -> int:
-        """Return when the bucket is full. A later moment than any clock explains was left by a clock that stepped
-        back; the bucket then counts as empty, so that the session is not locked out."""
-        if not (rows := await self.fetch(FULL_AT, session_id)):
-            raise UnknownSession
-        full_at = int(rows[0][0])
-        if full_at <= latest + CLOCK_SKEW_US:
-            return full_at
-        await self.fetch(EMPTY_BUCKET, session_id, latest)
-        return latest
 
     async def mark_at_risk(self, session_id: str, *, create: bool = False) -> None:
         """Mark the session as at risk for as long as it exists. An unknown session has nothing to mark."""
         await self.fetch(MARK_AT_RISK, session_id, create=create)
 
-    async def add_turn(self, session_id: str, turn: NewTurn) -> None:
+    async def add_turn(self, session_id: str, turn: NewTurn, *, create: bool = False) -> None:
         """Store a turn once, however often this is called."""
         values = (turn.user_message, turn.ai_response, turn.emotion, turn.timestamp)
-        stored = await self.fetch(ADD_TURN, session_id, turn.key, *values)
+        stored = await self.fetch(ADD_TURN, session_id, turn.key, *values, create=create)
         if not (stored or await self.fetch(FIND_TURN, session_id, turn.key)):
             raise UnknownSession
 

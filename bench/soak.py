@@ -122,6 +122,7 @@ class Conversation:
         self.id = session_id
         self.wire = wire
         self.shown = soak.shown[session_id] = []
+        self.since = 0  # when the last request was sent, in the unit of seq: microseconds since the epoch
         self.failed_at: tuple[float, str] | None = None
         self.page = self.new_page()
 
@@ -151,7 +152,7 @@ class Conversation:
         whole = "".join(PART.format(message=message, number=number) for number in range(10))
         text = expected.text.replace("네, 듣고 있어요.", whole)
         self.soak.plans[message] = collections.deque(expected.answers)
-        start = len(self.page.frames)
+        self.since = time.time_ns() // 1000
         await self.page.ask(message)
         await asyncio.sleep(self.soak.random.uniform(0, 0.05))
         if fault == "closed":
@@ -160,7 +161,7 @@ class Conversation:
             await self.page.cancel()
         elif fault in ("cut", "frozen"):
             await self.come_back(frozen=fault == "frozen")
-        frames = await self.reply_from(start)
+        frames = await self.reply()
         end = frames[-1]["type"].removeprefix("ai_stream_")
         if self.soak.plans[message] and not self.soak.away(asked):
             self.soak.missed.append(f"{message} {fault}")
@@ -174,11 +175,15 @@ class Conversation:
         await asyncio.sleep(self.soak.random.uniform(0, 0.2))
         await self.page.open()
 
-    async def reply_from(self, start: int) -> list[Frame]:
-        """Read to the end of the reply whose first frame is the one at `start` of all."""
-        while len(self.page.frames) == start or self.page.frames[-1]["type"] not in ENDS:
-            await self.page.frame(PATIENCE)
-        return self.page.frames[start:]
+    def came(self) -> list[Frame]:
+        """Return the frames since the request: a page that is loaded anew may be sent older ones again."""
+        return [frame for frame in self.page.frames if frame.get("seq", self.since) >= self.since]
+
+    async def reply(self) -> list[Frame]:
+        """Read to the end of the reply."""
+        while not any(frame["type"] in ENDS for frame in self.came()):
+            await self.page.frame()
+        return self.came()
 
     async def judge(
         self, message: str, fault: str, expected: tuple[str, str], got: tuple[str, str], asked: float
@@ -207,8 +212,8 @@ class Conversation:
         self.page = self.new_page()
         await self.page.open()
         await self.page.settle()  # what was kept for it has begun to come with the pong
-        if self.page.frames:
-            frames = await self.reply_from(0)
+        if self.came():
+            frames = await self.reply()
             stored = stored or frames[-1]["type"] == "ai_stream_complete"
         if not stored:
             self.soak.failed.add(message)

@@ -7,7 +7,7 @@ import os
 import random
 import sys
 import types
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import bemore.conversation
-from bemore.outbox import Frame, Peer
+from bemore.conversation import Conversation, Forget, Mark, Phase, Stop, Store, Turn, Utterance
+from bemore.outbox import ErrorCode, Failure, Frame, Kind, Peer, Ping, Send
 
 FIRST = {signal: f"<first {signal}>" for signal in ("explicit", "indirect", "violence")}
 SHORT = {signal: f"<short {signal}>" for signal in FIRST}
@@ -390,6 +391,311 @@ def test_random_lives_keep_every_rule() -> None:
             raise AssertionError(f"seed {seed}: {error!r}") from error
     if LIVES >= 100:
         assert set(outcomes) >= {"complete", "interrupted", "rate_limited", "session_expired", "ai_unavailable"}
+
+
+# The rules one by one
+
+GAP, INTERVAL = 0.02, 0.05
+
+
+class Talk:
+    """A conversation with one peer, and what it was told to do."""
+
+    def __init__(self, *peers: str, gap: float = GAP, **options: Any) -> None:
+        self.core = Conversation(
+            FIRST, SHORT, itertools.count(1).__next__, gap=gap, interval=2.5 * gap, keep=KEEP, **options
+        )
+        self.now = 0.0
+        self.actions: list[Any] = []
+        self.sent: dict[Peer, list[Frame]] = defaultdict(list)
+        for peer in peers or ("page",):
+            self.do(self.core.join(peer, self.now))
+
+    def do(self, actions: Iterable[Any]) -> None:
+        for action in actions:
+            self.actions.append(action)
+            if isinstance(action, Send):
+                for peer in action.peers:
+                    self.sent[peer].append(action.frame)
+
+    def ask(self, message: str = "하나", **fields: Any) -> Turn:
+        turn = Turn("page", Utterance(message), **fields)
+        self.do(self.core.ask(turn, self.now))
+        return turn
+
+    def admit(self, turn: Turn) -> Turn:
+        self.do(self.core.admitted(turn, self.now))
+        return turn
+
+    def stream(self, turn: Turn, *texts: str) -> Turn:
+        for text in texts:
+            self.do(self.core.said(turn, text, self.now))
+        return turn
+
+    def finish(self, turn: Turn) -> None:
+        """Let the model end, the text be sent and the row be stored."""
+        self.do(self.core.streamed(turn, self.now))
+        self.wait()
+        self.do(self.core.stored(turn, self.now))
+        self.wait()
+
+    def fail(self, turn: Turn, code: ErrorCode = ErrorCode.AI_UNAVAILABLE) -> None:
+        self.do(self.core.failed(turn, Failure(code), self.now))
+        self.wait()
+
+    def wait(self, seconds: float = 1.0) -> None:
+        until = self.now + seconds
+        while (deadline := self.core.deadline()) is not None and deadline <= until:
+            self.now = max(self.now, deadline)
+            self.do(self.core.tick(self.now))
+        self.now = until
+
+    def frames(self, peer: str = "page") -> list[str]:
+        """Take what a peer has received: the kind of each frame, or the text of a chunk."""
+        frames, self.sent[peer] = self.sent[peer], []
+        return [frame.text if frame.kind is Kind.CHUNK else frame.kind.name.lower() for frame in frames]
+
+    def count(self, kind: type) -> int:
+        return sum(isinstance(action, kind) for action in self.actions)
+
+
+def test_a_reply_is_begin_chunks_complete_after_its_row() -> None:
+    talk = Talk()
+    turn = talk.admit(talk.ask())
+    talk.stream(turn, "가")
+    assert talk.frames() == ["begin"]
+    talk.wait(GAP)
+    talk.stream(turn, "나", "다")
+    talk.do(talk.core.streamed(turn, talk.now))
+    assert talk.frames() == ["가"]
+    talk.wait()
+    assert (talk.frames(), turn.phase, talk.count(Store)) == (["나다"], Phase.STORING, 1)
+    talk.do(talk.core.stored(turn, talk.now))
+    talk.wait()
+    assert (talk.frames(), turn.phase, talk.core.idle) == (["complete"], Phase.DONE, True)
+
+
+def test_requests_are_answered_in_order_and_refusals_too() -> None:
+    talk = Talk()
+    first, bad, second = talk.ask(), talk.ask(failure=Failure(ErrorCode.EMPTY_MESSAGE)), talk.ask("둘")
+    talk.finish(talk.stream(talk.admit(first), "가"))
+    talk.finish(talk.stream(talk.admit(second), "나"))
+    assert talk.frames() == ["begin", "가", "complete", "error", "begin", "나", "complete"]
+    assert bad.phase is Phase.DONE
+
+
+def test_the_seventeenth_waiting_request_is_refused_in_its_turn() -> None:
+    talk = Talk()
+    turns = [talk.ask() for _ in range(18)]
+    assert talk.frames() == []
+    assert turns[17].failure is not None
+    assert turns[17].failure.code is ErrorCode.RATE_LIMITED
+    for turn in turns[:17]:
+        talk.fail(turn)
+    assert talk.frames() == ["error"] * 18
+
+
+def test_a_cancel_ends_the_reply_and_drops_what_waits() -> None:
+    talk = Talk()
+    turn, waiting = talk.admit(talk.ask()), talk.ask("둘")
+    talk.stream(turn, "가")
+    talk.wait(GAP)
+    talk.stream(turn, "나")
+    talk.do(talk.core.cancel(talk.now))
+    talk.wait(GAP)
+    assert talk.frames() == ["begin", "가", "interrupted"]
+    assert waiting.phase is Phase.DONE
+    assert turn.reply is not None
+    assert (turn.reply.said, talk.count(Store), talk.count(Stop)) == (["가"], 1, 1)
+
+
+def test_a_cancel_before_the_first_text_sends_one_frame_and_stores_nothing() -> None:
+    talk = Talk()
+    turn = talk.admit(talk.ask())
+    talk.do(talk.core.cancel(talk.now))
+    talk.wait()
+    assert (talk.frames(), talk.count(Store), turn.phase) == (["interrupted"], 0, Phase.DONE)
+    talk.do(talk.core.cancel(talk.now))
+    assert talk.frames() == []
+
+
+def test_a_begin_that_was_sent_is_followed_by_its_chunk_before_a_cancel() -> None:
+    talk = Talk()
+    talk.stream(talk.admit(talk.ask()), "가", "나")
+    talk.do(talk.core.cancel(talk.now))
+    talk.wait(2 * GAP)
+    assert talk.frames() == ["begin", "가나", "interrupted"]
+
+
+def test_barge_in_interrupts_unless_the_frame_is_bad() -> None:
+    talk = Talk(barge_in=True)
+    turn = talk.stream(talk.admit(talk.ask()), "가")
+    talk.wait(GAP)
+    talk.ask(failure=Failure(ErrorCode.EMPTY_MESSAGE))
+    assert turn.phase is Phase.STREAMING
+    talk.ask("둘")
+    talk.wait()
+    assert talk.frames() == ["begin", "가", "interrupted", "error"]
+
+
+@pytest.mark.parametrize("signal", FIRST)
+def test_a_signal_gets_its_sentence_before_the_database_answers(signal: str) -> None:
+    talk = Talk()
+    turn = talk.ask(signal=signal)
+    talk.wait(GAP)
+    assert talk.frames() == ["begin", FIRST[signal]]
+    assert (turn.phase, talk.count(Mark), turn.detected_by) == (Phase.ADMITTING, 1, "words")
+
+
+def test_an_explicit_signal_interrupts_and_an_indirect_one_waits() -> None:
+    talk = Talk()
+    talk.stream(talk.admit(talk.ask()), "가")
+    talk.wait(GAP)
+    waiting, indirect = talk.ask("둘"), talk.ask(signal="indirect")
+    assert (waiting.phase, indirect.phase) == (Phase.WAITING, Phase.WAITING)
+    talk.ask(signal="explicit")
+    talk.wait(2 * GAP)
+    assert talk.frames() == ["begin", "가", "interrupted", "begin", FIRST["explicit"]]
+    assert (waiting.phase, indirect.phase) == (Phase.WAITING, Phase.WAITING)
+
+
+def test_a_sentence_is_said_again_in_its_short_form_at_the_third_turn() -> None:
+    talk = Talk()
+    for _ in range(6):
+        talk.finish(talk.stream(talk.admit(talk.ask(signal="explicit")), "네"))
+    said = [text for text in talk.frames() if text.strip().startswith(SENTENCES)]
+    assert said == [FIRST["explicit"], SHORT["explicit"]]
+
+
+@pytest.mark.parametrize(("later", "expected"), [("indirect", None), ("violence", FIRST["violence"])])
+def test_a_sentence_answers_a_milder_signal_but_no_other_kind(later: str, expected: str | None) -> None:
+    talk = Talk()
+    talk.finish(talk.stream(talk.admit(talk.ask(signal="explicit")), "네"))
+    talk.frames()
+    talk.finish(talk.stream(talk.admit(talk.ask(signal=later)), "네"))
+    assert talk.frames() == ["begin", *([expected] if expected else []), "네", "complete"]
+
+
+@pytest.mark.parametrize("code", [ErrorCode.AI_UNAVAILABLE, ErrorCode.RATE_LIMITED, ErrorCode.SESSION_EXPIRED])
+def test_a_failure_in_a_quiet_turn_gives_the_short_sentence(code: ErrorCode) -> None:
+    talk = Talk()
+    talk.finish(talk.stream(talk.admit(talk.ask(signal="explicit")), "네"))
+    talk.frames()
+    turn = talk.ask(signal="explicit")
+    talk.fail(turn, code)
+    if code is ErrorCode.AI_UNAVAILABLE:  # The row is stored, since a token may have been taken.
+        talk.do(talk.core.stored(turn, talk.now))
+        talk.wait()
+    end = "complete" if code is ErrorCode.AI_UNAVAILABLE else "interrupted"
+    assert talk.frames() == ["begin", SHORT["explicit"], end]
+
+
+def test_a_cancel_behind_a_signal_leaves_its_sentence() -> None:
+    talk = Talk()
+    talk.stream(talk.admit(talk.ask()), "가")
+    talk.wait()
+    talk.frames()
+    waiting = talk.ask(signal="indirect")
+    talk.do(talk.core.cancel(talk.now))
+    talk.wait()
+    assert talk.frames() == ["interrupted", "begin", FIRST["indirect"], "interrupted"]
+    talk.admit(waiting)
+    assert talk.count(Store) == 2
+
+
+@pytest.mark.parametrize("refusal", [ErrorCode.RATE_LIMITED, ErrorCode.SESSION_EXPIRED])
+def test_a_refused_signal_gets_its_sentence_and_no_row(refusal: ErrorCode) -> None:
+    talk = Talk()
+    talk.fail(talk.ask(signal="explicit"), refusal)
+    assert (talk.frames(), talk.count(Store)) == (["begin", FIRST["explicit"], "interrupted"], 0)
+
+
+def test_a_refused_request_gets_an_error_that_only_its_asker_sees() -> None:
+    talk = Talk("page", "tab")
+    talk.fail(talk.ask(), ErrorCode.RATE_LIMITED)
+    assert (talk.frames(), talk.frames("tab")) == (["error"], [])
+    talk.fail(talk.ask())
+    assert (talk.frames(), talk.frames("tab")) == (["error"], ["error"])
+
+
+def test_a_notice_puts_the_sentence_where_the_marker_stood() -> None:
+    talk = Talk()
+    turn = talk.admit(talk.ask())
+    talk.do(talk.core.noticed(turn, "violence", talk.now))
+    talk.finish(talk.stream(turn, "네"))
+    assert talk.frames() == ["begin", FIRST["violence"], "네", "complete"]
+    assert (turn.detected_by, talk.count(Mark)) == ("model", 1)
+
+
+def test_a_reply_is_cut_at_its_longest_and_is_complete() -> None:
+    talk = Talk(gap=0)
+    turn = talk.stream(talk.admit(talk.ask()), "가" * 15_999, "나다", "라")
+    talk.do(talk.core.stored(turn, talk.now))
+    assert turn.reply is not None
+    assert len("".join(turn.reply.said)) == 16_000
+    assert (talk.frames()[-1], talk.count(Stop)) == ("complete", 1)
+
+
+def test_a_model_without_a_word_is_a_failure() -> None:
+    talk = Talk()
+    talk.do(talk.core.streamed(talk.admit(talk.ask()), talk.now))
+    assert talk.frames() == ["error"]
+
+
+def test_a_stop_lets_the_reply_end_and_refuses_all_but_signals() -> None:
+    talk = Talk()
+    turn, waiting = talk.stream(talk.admit(talk.ask()), "가"), talk.ask("둘")
+    talk.do(talk.core.stop(talk.now))
+    talk.ask(signal="explicit")
+    late = talk.ask("셋")
+    talk.wait()
+    assert talk.frames() == ["begin", "가", "interrupted", "begin", FIRST["explicit"], "interrupted", "error", "error"]
+    assert {waiting.phase, late.phase, turn.phase} == {Phase.DONE}
+
+
+def test_an_erased_session_stores_nothing_and_refuses_what_comes() -> None:
+    talk = Talk()
+    turn = talk.stream(talk.admit(talk.ask()), "가")
+    talk.do(talk.core.erase(talk.now))
+    talk.ask("둘")
+    talk.wait()
+    assert (talk.frames()[-2:], talk.count(Store), turn.phase) == (["interrupted", "error"], 0, Phase.DONE)
+
+
+def test_a_late_peer_gets_the_reply_from_its_begin_with_gaps() -> None:
+    talk = Talk()
+    turn = talk.stream(talk.admit(talk.ask()), "가")
+    talk.wait()
+    talk.do(talk.core.join("tab", talk.now))
+    assert talk.frames("tab") == ["begin"]
+    talk.wait(GAP)
+    assert talk.frames("tab") == ["가"]
+    talk.finish(talk.stream(turn, "나"))
+    assert talk.frames("tab") == ["나", "complete"]
+
+
+def test_a_confirmed_reply_is_not_sent_again_and_a_lost_one_is() -> None:
+    talk = Talk()
+    talk.finish(talk.stream(talk.admit(talk.ask()), "가"))
+    (ping,) = (action for action in talk.actions if isinstance(action, Ping))
+    talk.do(talk.core.leave("page", talk.now, said_goodbye=False))
+    talk.do(talk.core.join("again", talk.now))
+    talk.wait()
+    assert talk.frames("again") == ["begin", "가", "complete"]
+    talk.do(talk.core.receipt("again", ping.seq, talk.now))
+    talk.do(talk.core.join("later", talk.now))
+    talk.wait()
+    assert talk.frames("later") == []
+
+
+def test_a_lost_reply_is_kept_for_its_time_and_then_forgotten() -> None:
+    talk = Talk()
+    talk.finish(talk.stream(talk.admit(talk.ask()), "가"))
+    talk.do(talk.core.leave("page", talk.now, said_goodbye=False))
+    talk.wait(KEEP - 0.001)
+    assert not talk.count(Forget)
+    talk.wait(0.002)
+    assert talk.count(Forget) == 1
 
 
 # Mistakes that the random lives must find

@@ -205,7 +205,7 @@ def resolved(node: Any, *, deep: bool = True) -> Any:
 
 def test_asyncapi_document_is_valid() -> None:
     with warnings.catch_warnings(action="ignore"):  # of pydantic, about names in this library's models
-        from asyncapi3 import AsyncAPI3  # type: ignore[import-untyped]
+        from asyncapi3 import AsyncAPI3
 
     AsyncAPI3.model_validate(ASYNCAPI)
     channel = set(ASYNCAPI["channels"]["session"]["messages"])
@@ -379,14 +379,29 @@ def test_troubleshooting_has_every_line_that_ends_a_start() -> None:
     assert not [line for line in lines if not any(is_shown(line, message) for message in messages)]
 
 
-def test_troubleshooting_has_every_refusal_that_is_logged() -> None:
-    logged = set()
-    for module in sources():
-        for call in calls_of(module, "HttpRefusal"):
-            if any(keyword.arg == "setting" for keyword in call.keywords) and isinstance(call.args[0], ast.Constant):
-                logged.add(call.args[0].value)
-    shown = [re.match(r"refused=(\w+) (?:origin=\.\.\. )?setting=\w+$", line) for line in troubleshooting()[1]]
-    assert {line[1] for line in shown if line} == logged
+def written(setting: str = "...") -> set[str]:
+    """Return all texts of the code, with `...` for what a format fills in."""
+    nodes = [node for module in sources() for node in ast.walk(module)]
+    texts = [template(node, {}) for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr)]
+    return {re.sub(r"%[\d.]*[a-z]", "...", text.replace("{setting}", setting)) for text in texts}
+
+
+def test_troubleshooting_has_lines_that_are_logged() -> None:
+    asked = [call for module in sources() for call in calls_of(module, "HttpRefusal")]
+    logged = {
+        template(call.args[0], {}) for call in asked if any(keyword.arg == "setting" for keyword in call.keywords)
+    }
+    lines = troubleshooting()[1]
+    refused = [re.match(r"refused=(\w+) (?:origin=\.\.\. )?setting=\w+$", line) for line in lines]
+    assert {line[1] for line in refused if line} == logged
+    assert {line for line, refusal in zip(lines, refused, strict=True) if not refusal} <= written()
+
+
+def test_lines_about_models_are_logged() -> None:
+    texts = written("GEMINI_MODEL")
+    for cell, _ in rows(text_of_file("docs/models.md"), "When a model fails"):
+        parts = [part for line in names(cell) for part in re.split(r" ?\.\.\. ?|: ", line)]
+        assert not [part for part in parts if not any(part in text for text in texts)]
 
 
 # The documents

@@ -256,7 +256,7 @@ async def test_a_refused_connection_is_retried_and_fails() -> None:
 
 @pytest.mark.parametrize(
     "busy",
-    [status(429, Retry_After="1"), refusal(429, retryDelay="1.2s"), refusal(503, retryDelay="1s")],
+    [status(429, Retry_After="1"), refusal(429, retryDelay="1.2s"), refusal(503, "Please retry in 1.1s.")],
 )
 async def test_a_pause_that_is_asked_for_is_kept(gemini: GeminiStandIn, model: Gemini, busy: Answer) -> None:
     gemini.answers.append(busy)
@@ -354,6 +354,7 @@ def test_retry_after_is_a_number_or_a_date_or_nothing() -> None:
     assert parse_retry_after(None, now) is None
     assert parse_retry_after("soon", now) is None
     assert parse_retry_after("7", now) == 7
+    assert parse_retry_after("0.5", now) == 0.5
     assert parse_retry_after(formatdate(now - 60, usegmt=True), now) == 0
     assert parse_retry_after(formatdate(now + 60, usegmt=True), now) == 60
     assert parse_retry_after("Mon, 01 Jan 2024 00:00:00 +99999999999999", now) is None
@@ -402,6 +403,26 @@ async def test_a_finish_reason_ends_a_reply_whose_stream_stays_open(gemini: Gemi
     gemini.answers.append(silent_after(event("가"), event(finish="SAFETY")))
     with pytest.raises(Blocked):
         await read(model)
+
+
+async def test_keep_alive_lines_do_not_hold_up_a_finished_reply(gemini: GeminiStandIn, model: Gemini) -> None:
+    async def keep_alive(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(event("가", "STOP"))
+        while True:
+            await asyncio.sleep(0.1)
+            await response.write(b": keep-alive\n\n")
+
+    gemini.answers.append(keep_alive)
+    async with asyncio.timeout(5):
+        assert await read(model) == ["가"]
+
+
+async def test_a_marker_without_words_is_a_whole_reply(gemini: GeminiStandIn, model: Gemini) -> None:
+    gemini.answers.append(stream(event(RISK_MARKER, "STOP")))
+    assert await read(model) == [str(Notice.SELF)]
+    assert len(gemini.requests) == 1
 
 
 async def test_text_after_an_early_finish_reason_belongs_to_the_reply(gemini: GeminiStandIn, model: Gemini) -> None:
