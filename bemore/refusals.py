@@ -206,6 +206,8 @@ def preflight(request: web.Request) -> web.Response:
         "Access-Control-Max-Age": "600",
         "Vary": "Access-Control-Request-Headers",
     }
-    if wanted := request.headers.get("Access-Control-Request-Headers"):
+    wanted = request.headers.get("Access-Control-Request-Headers", "")
+    # aiohttp fails at sending what is not UTF-8.
+    if wanted.isascii():
         headers["Access-Control-Allow-Headers"] = wanted
     return web.Response(status=204, headers=headers)

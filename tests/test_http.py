@@ -381,6 +381,14 @@ async def test_a_preflight_of_an_allowed_origin_allows_any_header(guarded: Serve
         assert set(response.headers.getall("Vary")) == {"Origin", "Access-Control-Request-Headers"}
 
 
+async def test_a_preflight_that_is_not_ascii_allows_no_header(guarded: Server) -> None:
+    head = b"OPTIONS /api/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: https://app.example\r\n"
+    head += b"Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: \xff\r\n\r\n"
+    async with guarded.knock(head) as peer:
+        status, headers, _ = await peer.answer()
+        assert (status, headers.get("access-control-allow-headers")) == (204, None)
+
+
 async def test_options_that_ask_for_nothing_are_no_preflight(guarded: Server) -> None:
     async with guarded.http.options(f"{guarded.url}/api/sessions") as response:
         assert (response.status, response.headers["Allow"]) == (405, "POST")

@@ -1,6 +1,10 @@
 """Settings: defaults, casts, and errors that name the setting."""
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
+from dotenv import dotenv_values
 
 from bemore.settings import ConfigError, Settings, read_settings, similar_settings
 
@@ -164,3 +168,9 @@ def test_the_page_of_a_privacy_notice_is_an_http_url() -> None:
 def test_names_that_resemble_a_setting_are_found() -> None:
     found = similar_settings(["GEMINI_KEY", "ALLOWED_ORIGIN", "port", "PORT", "PATH", "HOSTNAME", "POSTGRES_PASSWORD"])
     assert found == {"GEMINI_KEY": "GEMINI_API_KEY", "ALLOWED_ORIGIN": "ALLOWED_ORIGINS", "port": "PORT"}
+
+
+def test_a_settings_name_is_that_of_its_field() -> None:
+    """similar_settings() relies on it."""
+    example = dotenv_values(Path(__file__).parent.parent / ".env.example")
+    assert set(example) == {field.name.upper() for field in fields(Settings)}
