@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Self
 
 import asyncpg
@@ -28,6 +30,8 @@ logger = logging.getLogger("bemore_voice")
 MIN_CONNECTIONS, MAX_CONNECTIONS = 5, 20
 # A NAT or a load balancer may have dropped a connection that was idle for longer. It has to answer a probe first.
 IDLE_SECONDS, PROBE_SECONDS = 30, 0.5
+CROWD_SECONDS = 0.1  # that a statement waits before the pool grows for it
+CACHED_STATEMENTS = 50  # more than there are
 CLOSE_SECONDS = 2
 START_SECONDS, RETRY_SECONDS = 30, 0.25  # for a server that starts at the same moment, or wakes
 BUSY_SECONDS = 0.02  # between two tries to get a connection from a server that lends only a few
@@ -65,8 +69,8 @@ async def note_use(connection: Any) -> None:
 class Postgres(Storage):
     """A pool of connections.
 
-    Statements are not kept prepared, since a pooler in transaction mode may run the next one on another connection of
-    its own.
+    Statements are kept prepared if this is Postgres itself. A pooler in transaction mode may run the next statement on
+    another connection of its own, where a prepared one is missing, or where its name means something else.
     """
 
     def __init__(self, url: str, timeout: float, start_seconds: float = START_SECONDS) -> None:
@@ -76,6 +80,8 @@ class Postgres(Storage):
         self._schema = ""
         self._pool: asyncpg.Pool | None = None
         self._doubted_at = 0.0  # connections that were last used before this moment have to answer a probe
+        self._cached_statements = 0
+        self._few = asyncio.Semaphore(MIN_CONNECTIONS)
         self._releasing: set[asyncio.Task[None]] = set()
         self._spelled: dict[tuple[str, bool], str] = {}
         self.description = "Postgres"
@@ -114,12 +120,23 @@ class Postgres(Storage):
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _open_pool(self, dsn: str) -> asyncpg.Pool:
+        self._cached_statements = CACHED_STATEMENTS if await self._is_direct(dsn) else 0
         try:
             return await self._pool_of(dsn, MIN_CONNECTIONS)
         except asyncpg.PostgresError:
             pool = await self._pool_of(dsn, 1)
         logger.info("%s: lends fewer than %d connections at present", self.description, MIN_CONNECTIONS)
         return pool
+
+    async def _is_direct(self, dsn: str) -> bool:
+        """Tell whether this is Postgres itself: a pooler gives its clients process ids of its own invention."""
+        connection = await asyncpg.connect(
+            dsn, timeout=self._timeout, command_timeout=self._timeout, statement_cache_size=0
+        )
+        try:
+            return bool(await connection.fetchval("SELECT pg_backend_pid()") == connection.get_server_pid())
+        finally:
+            await connection.close(timeout=CLOSE_SECONDS)
 
     async def _pool_of(self, dsn: str, least: int) -> asyncpg.Pool:
         return await asyncpg.create_pool(
@@ -133,7 +150,8 @@ class Postgres(Storage):
             reset=note_use,
             timeout=self._timeout,
             command_timeout=self._timeout,
-            statement_cache_size=0,
+            statement_cache_size=self._cached_statements,
+            max_cached_statement_lifetime=0,
         )
 
     async def __aexit__(self, *_: object) -> None:
@@ -148,7 +166,7 @@ class Postgres(Storage):
     async def _run(self, sql: str, values: Sequence[object], *, create: bool) -> Sequence[Any]:
         assert self._pool is not None
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout), self._without_a_crowd():
                 connection = await self._acquire(self._pool)
                 try:
                     rows: Sequence[Any] = await connection.fetch(self._spell(sql, create), *values)
@@ -164,6 +182,22 @@ class Postgres(Storage):
                 # The path to the server may be gone, and all connections with it.
                 self._doubted_at = time.monotonic()
             raise Unavailable(f"database: {type(error).__name__}") from None
+
+    @asynccontextmanager
+    async def _without_a_crowd(self) -> AsyncIterator[None]:
+        """Wait for a moment while as many statements run as the pool has connections at least.
+
+        In a burst most of them take less time than opening a connection, which asyncpg would do for each at once.
+        """
+        entered = False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CROWD_SECONDS):
+                entered = await self._few.acquire()
+        try:
+            yield
+        finally:
+            if entered:
+                self._few.release()
 
     async def _acquire(self, pool: asyncpg.Pool) -> Any:
         while True:

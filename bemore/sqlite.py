@@ -1,4 +1,4 @@
-"""Storage in an SQLite file: one connection in a thread of its own."""
+"""Storage in an SQLite file: one connection in aiosqlite's thread, and one call into it for each operation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,10 +36,89 @@ ADD_COLUMN = re.compile(r"ALTER TABLE (\w+) ADD COLUMN IF NOT EXISTS (\w+) (.*)"
 READER_PATIENCE_MS = 250  # for another program that reads, before the write-ahead log is emptied
 
 
+@cache
+def spelled(sql: str) -> str:
+    """Return a statement in SQLite's spelling."""
+    return respelled(sql, STATEMENT_SPELLINGS)
+
+
 def respelled(sql: str, spellings: Mapping[str, str]) -> str:
     for postgres, sqlite in spellings.items():
         sql = sql.replace(postgres, sqlite)
     return sql
+
+
+# Run in the thread of the connection
+
+
+def prepare(db: sqlite3.Connection, path: str) -> None:
+    refuse_foreign(db, path)
+    # With synchronous = NORMAL a commit outlives this process at once, and a power failure a moment later.
+    for setting in ("journal_mode = WAL", "foreign_keys = ON", "secure_delete = ON", "synchronous = NORMAL"):
+        db.execute(f"PRAGMA {setting}")
+    apply_schema(db)
+
+
+def columns_of(db: sqlite3.Connection, table: str) -> set[str]:
+    return {row[0] for row in db.execute("SELECT name FROM pragma_table_info($table)", {"table": table})}
+
+
+def refuse_foreign(db: sqlite3.Connection, path: str) -> None:
+    """Raise CannotStart if a table belongs to another program, before anything is changed."""
+    for table in NEEDED:
+        columns = columns_of(db, table)
+        if columns and (missing := missing_column(table, columns)) is not None:
+            raise CannotStart(
+                f"{path} belongs to another program: its table {table} has no column {missing}. Name another file"
+            )
+
+
+def apply_schema(db: sqlite3.Connection) -> None:
+    """Apply schema.sql in SQLite's spelling, in one transaction."""
+    schema = re.sub("--.*", "", SCHEMA.read_text(encoding="utf-8"))
+    with transaction(db):
+        for statement in respelled(schema, SCHEMA_SPELLINGS).split(";"):
+            if added := ADD_COLUMN.search(statement):
+                table, column, definition = added.groups()
+                if column not in columns_of(db, table):
+                    db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {definition}")
+            else:
+                db.execute(statement)
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:  # a full disk, for one, ends it
+            db.execute("ROLLBACK")
+        raise
+
+
+def run(db: sqlite3.Connection, sql: str, named: Mapping[str, object], create: bool, deadline: float) -> list[Any]:
+    """Run a statement that still has time left; another one before it may have waited for a lock."""
+    if time.monotonic() > deadline:
+        raise TimeoutError
+    if not create:
+        return db.execute(sql, named).fetchall()
+    with transaction(db):
+        db.execute(CREATE_SESSION, {"1": named["1"]})
+        return db.execute(sql, named).fetchall()
+
+
+def empty_log(db: sqlite3.Connection, timeout: float) -> bool:
+    """Move the write-ahead log into the file and cut it to nothing; return False if another program prevents that."""
+    db.execute(f"PRAGMA busy_timeout = {READER_PATIENCE_MS}")
+    try:
+        ((busy, *_),) = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.Error:
+        return False
+    finally:
+        db.execute(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
+    return not busy
 
 
 class SQLite(Storage):
@@ -46,9 +127,8 @@ class SQLite(Storage):
     def __init__(self, url: str, timeout: float) -> None:
         self._path = url.removeprefix("sqlite:///")
         self._timeout = timeout  # seconds for one statement
-        self._connection: aiosqlite.Connection | None = None
-        # Held for each statement, so that none slips into the transaction of another.
-        self._lock = asyncio.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._thread: aiosqlite.Connection | None = None
         self.description = f"SQLite {self._path}"
 
     async def __aenter__(self) -> Self:
@@ -57,10 +137,12 @@ class SQLite(Storage):
                 # The file is for this user alone. If it cannot be created, SQLite says why below.
                 with contextlib.suppress(OSError):
                     os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
-            # A failure inside aiosqlite's thread could outlive the event loop, so that the first try is made here.
+            # If aiosqlite cannot connect, its thread outlives the event loop, so that the first try is made here.
             sqlite3.connect(self._path).close()
-            self._connection = await aiosqlite.connect(self._path, timeout=self._timeout, isolation_level=None)
-            await self._prepare(self._connection)
+            self._thread = aiosqlite.Connection(self._connect, iter_chunk_size=64)
+            await self._thread
+            await self._call(prepare, self._path)
+            await self._empty_log()  # a process that was killed may have left there what it erased
         except sqlite3.Error as error:
             await self.__aexit__()
             raise CannotStart(f"cannot use {self.description} ({error})") from None
@@ -69,54 +151,28 @@ class SQLite(Storage):
             raise
         return self
 
-    async def _prepare(self, db: aiosqlite.Connection) -> None:
-        await self._refuse_foreign(db)
-        # With synchronous = NORMAL a commit outlives this process at once, and a power failure a moment later.
-        for setting in ("journal_mode = WAL", "foreign_keys = ON", "secure_delete = ON", "synchronous = NORMAL"):
-            await db.execute(f"PRAGMA {setting}")
-        await self._apply_schema(db)
-        await self._empty_log()  # a process that was killed may have left there what it erased
-
-    async def _refuse_foreign(self, db: aiosqlite.Connection) -> None:
-        """Raise CannotStart if a table belongs to another program, before anything is changed."""
-        for table in NEEDED:
-            columns = await self._columns(db, table)
-            if columns and (missing := missing_column(table, columns)) is not None:
-                raise CannotStart(
-                    f"{self._path} belongs to another program: its table {table} has no column {missing}."
-                    " Name another file"
-                )
-
-    async def _apply_schema(self, db: aiosqlite.Connection) -> None:
-        """Apply schema.sql in SQLite's spelling, in one transaction."""
-        await db.execute("BEGIN IMMEDIATE")
-        for statement in respelled(re.sub("--.*", "", SCHEMA.read_text(encoding="utf-8")), SCHEMA_SPELLINGS).split(";"):
-            if added := ADD_COLUMN.search(statement):
-                table, column, definition = added.groups()
-                if column not in await self._columns(db, table):
-                    await db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {definition}")
-            else:
-                await db.execute(statement)
-        await db.execute("COMMIT")
-
-    async def _columns(self, db: aiosqlite.Connection, table: str) -> set[str]:
-        return {row[0] for row in await db.execute_fetchall("SELECT name FROM pragma_table_info($1)", {"1": table})}
+    def _connect(self) -> sqlite3.Connection:
+        self._db = sqlite3.connect(self._path, timeout=self._timeout, isolation_level=None)
+        return self._db
 
     async def __aexit__(self, *_: object) -> None:
-        if self._connection is not None:
-            await self._connection.close()
-            self._connection = None
+        if self._thread is not None:
+            await self._thread.close()
+            self._thread = None
+
+    async def _call(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Call a function in the connection's thread. aiosqlite's own methods take a hop for each statement."""
+        assert self._thread is not None
+        return await self._thread._execute(function, self._db, *arguments)  # type: ignore[no-untyped-call]
 
     async def _run(self, sql: str, values: Sequence[object], *, create: bool) -> Sequence[Any]:
         # Values are bound by name: Python 3.14 refuses to bind $1 by position.
         named = {str(position): value for position, value in enumerate(values, start=1)}
-        sql = respelled(sql, STATEMENT_SPELLINGS)
+        deadline = time.monotonic() + self._timeout
         try:
-            async with asyncio.timeout(self._timeout), self._lock:
-                assert self._connection is not None
-                if create:
-                    return await self._create_and_fetch(self._connection, sql, named)
-                return list(await self._connection.execute_fetchall(sql, named))
+            async with asyncio.timeout(self._timeout):
+                rows: list[Any] = await self._call(run, spelled(sql), named, create, deadline)
+                return rows
         except TimeoutError:
             raise Unavailable("database: DATABASE_TIMEOUT_SECONDS passed") from None
         except sqlite3.Error as error:
@@ -124,19 +180,6 @@ class SQLite(Storage):
             if name == "SQLITE_CONSTRAINT_FOREIGNKEY":
                 raise UnknownSession from None
             raise Unavailable(f"database: {name}") from None
-
-    async def _create_and_fetch(self, db: aiosqlite.Connection, sql: str, named: Mapping[str, object]) -> list[Any]:
-        try:
-            await db.execute("BEGIN IMMEDIATE")
-            await db.execute(CREATE_SESSION, {"1": named["1"]})
-            rows = list(await db.execute_fetchall(sql, dict(named)))
-            await db.execute("COMMIT")
-        except BaseException:
-            # The thread runs this after whatever was given up. There may be no transaction to roll back.
-            with contextlib.suppress(sqlite3.Error):
-                await db.execute("ROLLBACK")
-            raise
-        return rows
 
     async def delete_session(self, session_id: str) -> None:
         """Erase a session from the file too: its pages are overwritten, and the write-ahead log is emptied."""
@@ -150,17 +193,7 @@ class SQLite(Storage):
         return erased
 
     async def _empty_log(self) -> None:
-        """Move the write-ahead log into the file and cut it to nothing; another program that reads prevents that."""
-        async with self._lock:
-            assert self._connection is not None
-            await self._connection.execute(f"PRAGMA busy_timeout = {READER_PATIENCE_MS}")
-            try:
-                ((busy, *_),) = await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
-            except sqlite3.Error:
-                busy = True
-            finally:
-                await self._connection.execute(f"PRAGMA busy_timeout = {self._timeout * 1000:.0f}")
-        if busy:
+        if not await self._call(empty_log, self._timeout):
             logger.warning(
                 "%s: %s-wal cannot be emptied while another program reads the file; it may hold what was erased"
                 " until the next deletion or the end of this process",
