@@ -271,7 +271,7 @@ def test_bench_measures_every_message() -> None:
 
 
 @pytest.mark.parametrize("sentences", [FIRST, SHORT])
-def test_helpline_sentences_name_the_right_numbers_for_eye_and_ear(sentences: dict[Signal, str]) -> None:
+def test_sentences_name_the_right_numbers_for_eye_and_ear(sentences: dict[Signal, str]) -> None:
     numbers = {
         Signal.EXPLICIT: ("109", "119", "112", "문자"),
         Signal.INDIRECT: ("109", "문자"),
@@ -287,7 +287,7 @@ def test_helpline_sentences_name_the_right_numbers_for_eye_and_ear(sentences: di
 
 
 @pytest.mark.parametrize("text", [*FIRST.values(), *SHORT.values(), BLOCKED_REPLY, BLOCKED_SHORT])
-def test_prepared_texts_are_three_sentences_at_most_and_promise_nothing(text: str) -> None:
+def test_prepared_texts_are_short_and_promise_nothing(text: str) -> None:
     assert len(re.findall(r"[.?!](?:\s|$)", text)) <= 3
     assert "무료" not in text
     assert "화가" not in text

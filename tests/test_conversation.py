@@ -509,7 +509,7 @@ def test_a_cancel_ends_the_reply_and_drops_what_waits() -> None:
     assert (turn.reply.said, talk.count(Store), talk.count(Stop)) == (["가"], 1, 1)
 
 
-def test_a_cancel_before_the_first_text_sends_one_frame_and_stores_nothing() -> None:
+def test_a_cancel_before_the_first_text_stores_nothing() -> None:
     talk = Talk()
     turn = talk.admit(talk.ask())
     talk.do(talk.core.cancel(talk.now))
@@ -519,7 +519,7 @@ def test_a_cancel_before_the_first_text_sends_one_frame_and_stores_nothing() -> 
     assert talk.frames() == []
 
 
-def test_a_begin_that_was_sent_is_followed_by_its_chunk_before_a_cancel() -> None:
+def test_a_begin_is_followed_by_its_chunk_before_a_cancel() -> None:
     talk = Talk()
     talk.stream(talk.admit(talk.ask()), "가", "나")
     talk.do(talk.core.cancel(talk.now))
@@ -547,7 +547,7 @@ def test_a_signal_gets_its_sentence_before_the_database_answers(signal: str) -> 
     assert (turn.phase, talk.count(Mark), turn.detected_by) == (Phase.ADMITTING, 1, "words")
 
 
-def test_an_explicit_signal_interrupts_and_an_indirect_one_waits() -> None:
+def test_an_explicit_signal_interrupts_an_indirect_one_waits() -> None:
     talk = Talk()
     talk.stream(talk.admit(talk.ask()), "가")
     talk.wait(GAP)
@@ -559,7 +559,7 @@ def test_an_explicit_signal_interrupts_and_an_indirect_one_waits() -> None:
     assert (waiting.phase, indirect.phase) == (Phase.WAITING, Phase.WAITING)
 
 
-def test_a_sentence_is_said_again_in_its_short_form_at_the_third_turn() -> None:
+def test_a_sentence_is_said_again_short_at_the_third_turn() -> None:
     talk = Talk()
     for _ in range(6):
         talk.finish(talk.stream(talk.admit(talk.ask(signal="explicit")), "네"))
@@ -610,7 +610,7 @@ def test_a_refused_signal_gets_its_sentence_and_no_row(refusal: ErrorCode) -> No
     assert (talk.frames(), talk.count(Store)) == (["begin", FIRST["explicit"], "interrupted"], 0)
 
 
-def test_a_refused_request_gets_an_error_that_only_its_asker_sees() -> None:
+def test_a_refusal_is_seen_by_its_asker_alone() -> None:
     talk = Talk("page", "tab")
     talk.fail(talk.ask(), ErrorCode.RATE_LIMITED)
     assert (talk.frames(), talk.frames("tab")) == (["error"], [])
@@ -653,7 +653,7 @@ def test_a_stop_lets_the_reply_end_and_refuses_all_but_signals() -> None:
     assert {waiting.phase, late.phase, turn.phase} == {Phase.DONE}
 
 
-def test_an_erased_session_stores_nothing_and_refuses_what_comes() -> None:
+def test_an_erased_session_stores_nothing_and_refuses() -> None:
     talk = Talk()
     turn = talk.stream(talk.admit(talk.ask()), "가")
     talk.do(talk.core.erase(talk.now))

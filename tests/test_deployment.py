@@ -198,7 +198,7 @@ async def test_compose_file_is_valid(tmp_path: Path) -> None:
     assert status == 0, told
 
 
-def test_compose_starts_the_server_on_the_database_that_it_makes() -> None:
+def test_compose_starts_the_server_on_its_own_database() -> None:
     services = yaml.safe_load(text_of_file("compose.yaml"))["services"]
     voice, postgres = services["voice"], services["postgres"]
     made = postgres["environment"]

@@ -108,7 +108,7 @@ async def test_a_turn_behind_a_lock_is_stored_once(engine_url: str, lock: Lock, 
         assert sorted(map(str, await said_in(storage, "s"))) == [f"{number}" for number in range(6)]
 
 
-async def test_a_turn_that_was_stored_without_an_answer_is_stored_once(engine_url: str) -> None:
+async def test_a_turn_stored_without_an_answer_is_stored_once(engine_url: str) -> None:
     async with open_storage(engine_url) as storage:
         await storage.create_session("s")
         turn = NewTurn("하나", "답", None, 1)
@@ -201,7 +201,7 @@ async def test_idle_connections_that_a_nat_dropped_cost_no_statement(
             await talk_in_turns(storage, "s", 1)
 
 
-async def test_connections_that_break_without_a_word_cost_one_statement(
+async def test_connections_that_break_silently_cost_one_statement(
     postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One statement runs into its time limit; then all connections are new, and the log says that it is over."""
@@ -281,9 +281,7 @@ async def live_and_die(folder: Path, lives: range, moment: random.Random, **valu
     return told
 
 
-async def test_a_process_that_is_killed_fifty_times_has_lost_nothing_that_it_told_complete(
-    gemini: GeminiStandIn, tmp_path: Path
-) -> None:
+async def test_a_killed_process_has_lost_no_complete_turn(gemini: GeminiStandIn, tmp_path: Path) -> None:
     """Two at a time, each on a file of its own."""
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:

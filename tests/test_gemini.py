@@ -388,7 +388,7 @@ async def test_a_reply_that_speaks_for_too_long_is_cut_and_completes(gemini: Gem
         await until(lambda: gemini.ended == 1)
 
 
-async def test_the_rest_of_a_reply_comes_within_the_time_for_all_of_it(gemini: GeminiStandIn) -> None:
+async def test_the_rest_of_a_reply_comes_within_its_time(gemini: GeminiStandIn) -> None:
     gemini.answers.extend([stream(event("가")), silent_after()])
     async with client_for(gemini.url, reply_timeout=0.5) as model:
         _, failure = await failure_of(model)
@@ -543,7 +543,7 @@ async def test_leaving_the_rest_of_an_answer_closes_its_stream(gemini: GeminiSta
 # The fallback
 
 
-async def test_the_fallback_answers_within_the_time_for_the_first_text(gemini: GeminiStandIn) -> None:
+async def test_the_fallback_answers_within_the_same_time(gemini: GeminiStandIn) -> None:
     gemini.answers.extend([status(404), silent_after()])
     async with client_for(gemini.url, fallback_model="m-2", first_chunk_timeout=0.5) as models:
         _, failure = await failure_of(models)

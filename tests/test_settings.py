@@ -9,7 +9,7 @@ from dotenv import dotenv_values
 from bemore.settings import ConfigError, Settings, read_settings, similar_settings
 
 
-def test_without_any_setting_a_hobbyist_gets_sqlite_and_the_demo() -> None:
+def test_without_settings_a_hobbyist_gets_sqlite_and_the_demo() -> None:
     settings = read_settings({})
     assert settings.sqlite
     assert settings.demo
@@ -108,7 +108,7 @@ def test_quotes_around_a_value_are_taken_off(quote: str) -> None:
         ("LOG_LEVEL", "loud"),
     ],
 )
-def test_a_value_that_cannot_be_read_is_named_with_what_it_takes(name: str, value: str) -> None:
+def test_an_unreadable_value_is_named_with_what_it_takes(name: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings({name: value})
     assert str(caught.value).startswith(f"{name}: takes ")

@@ -42,7 +42,7 @@ async def test_a_hobbyist_starts_it_without_any_setting_and_talks(tmp_path: Path
     assert not any(word in program.log for word in ("불안", "test-session", text_of(frames)[:5]))
 
 
-async def test_it_starts_with_gemini_and_postgres_and_logs_neither_key_nor_password(
+async def test_gemini_and_postgres_start_without_secrets_in_the_log(
     tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
 ) -> None:
     url = postgres_url.replace("postgres:@", "postgres:hush-hush@")
@@ -111,7 +111,8 @@ async def test_two_processes_on_one_postgres_behave_as_one(
         assert len(gemini.requests[-1]["body"]["contents"]) == 7
 
 
-async def test_dotenv_is_read_from_the_folder_of_the_start_and_the_environment_wins(tmp_path: Path) -> None:
+async def test_dotenv_is_read_but_the_environment_wins(tmp_path: Path) -> None:
+    """From the folder in which the program was started."""
     (tmp_path / ".env").write_text(
         "DATABASE_URL=sqlite:///mine.db\nLOG_LEVEL=error\n# 주석\nPORT=1\n", encoding="utf-8"
     )

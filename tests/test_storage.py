@@ -87,7 +87,7 @@ async def test_a_turn_that_is_stored_again_is_stored_once(storage: Storage) -> N
     assert len(await turns(storage)) == 2
 
 
-async def test_a_full_bucket_allows_a_burst_then_one_every_six_seconds(storage: Storage) -> None:
+async def test_a_full_bucket_allows_a_burst_then_a_steady_rate(storage: Storage) -> None:
     for _ in range(10):
         await storage.admit("s", NOW, 10)
     assert await wait_ms(storage, NOW, 10) == 6000
@@ -124,7 +124,7 @@ async def test_a_clock_that_stepped_back_locks_no_session_out(storage: Storage) 
     assert await wait_ms(storage, NOW - 9 * SECOND, 10) == 15_000  # a step within what replicas' clocks may differ
 
 
-async def test_a_clock_that_is_behind_another_replicas_fills_no_bucket(storage: Storage) -> None:
+async def test_a_replica_whose_clock_is_behind_fills_no_bucket(storage: Storage) -> None:
     """Of two replicas whose clocks are nine seconds apart, neither gives the other a token."""
     taken = 0
     for quarter in range(4 * 60):
@@ -296,7 +296,7 @@ async def test_sqlite_rolls_a_creation_back_that_was_given_up(tmp_path: Path) ->
         assert created == admitted
 
 
-async def test_sqlite_is_opened_with_foreign_keys_wal_and_a_busy_timeout(tmp_path: Path) -> None:
+async def test_sqlite_has_foreign_keys_wal_and_a_busy_timeout(tmp_path: Path) -> None:
     async with open_storage(f"sqlite:///{tmp_path}/a.db", 3) as storage:
         names = ("foreign_keys", "journal_mode", "synchronous")
         assert [(await storage.fetch(f"PRAGMA {name}"))[0][0] for name in names] == [1, "wal", 1]
@@ -352,7 +352,7 @@ async def test_psql_takes_schema_as_it_is(postgres_url: str) -> None:
     assert expected <= {row["name"] for row in names}
 
 
-async def test_replicas_that_start_together_on_an_empty_postgres_all_start(postgres_url: str) -> None:
+async def test_replicas_start_together_on_an_empty_postgres(postgres_url: str) -> None:
     async def start() -> None:
         async with open_storage(postgres_url) as storage:
             await storage.ping()
@@ -398,7 +398,7 @@ async def test_sessions_that_another_service_owns_are_only_read(postgres_url: st
         await owner.close()
 
 
-async def test_postgres_that_is_not_there_fails_by_name_without_the_password() -> None:
+async def test_an_absent_postgres_is_named_without_the_password() -> None:
     url = "postgresql://someone:hush-hush@127.0.0.1:9/db"
     with pytest.raises(CannotStart, match=r"127\.0\.0\.1:9/db") as caught:
         async with open_storage(url):
