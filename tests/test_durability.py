@@ -12,7 +12,7 @@ import aiohttp
 import asyncpg
 import pytest
 from standin import GeminiStandIn
-from support import CANARY, Program, Wire, started
+from support import Program, Wire, started
 from tools import PATIENCE, open_storage, until
 
 from bemore.postgres import MAX_CONNECTIONS, MIN_CONNECTIONS, Postgres
@@ -294,44 +294,3 @@ async def test_a_killed_process_has_lost_no_complete_turn(gemini: GeminiStandIn,
             stored = [row[0] for row in database.execute("SELECT user_message FROM conversations")]
         assert set(told) <= set(stored)
         assert len(stored) == len(set(stored))
-
-
-def held_in(folder: Path) -> bytes:
-    """What the database's files hold."""
-    return b"".join(path.read_bytes() for path in sorted(folder.glob("bemore.db*")))
-
-
-async def test_what_was_erased_is_gone_from_the_file_of_a_process_that_is_killed(
-    gemini: GeminiStandIn, tmp_path: Path
-) -> None:
-    async with started(tmp_path, GEMINI_API_KEY="k", GEMINI_BASE_URL=gemini.url) as program:
-        async with program.connect() as client:
-            await client.ask(CANARY)
-            await client.reply()
-            assert CANARY.encode() in held_in(tmp_path)
-        async with aiohttp.ClientSession() as http:
-            async with http.delete(f"http://127.0.0.1:{program.port}/api/sessions/s") as response:
-                assert response.status == 204
-        program.process.kill()
-        await program.process.wait()
-    held = held_in(tmp_path)
-    assert held.startswith(b"SQLite format 3")
-    assert CANARY.encode() not in held
-
-
-async def test_a_program_that_reads_the_file_delays_the_emptying_of_its_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A warning says so; the next deletion empties it."""
-    async with open_storage(f"sqlite:///{tmp_path}/bemore.db") as storage:
-        for session_id in ("s", "other"):
-            await storage.create_session(session_id)
-            await storage.add_turn(session_id, NewTurn(CANARY, "답", None, 1))
-        with contextlib.closing(sqlite3.connect(tmp_path / "bemore.db", isolation_level=None)) as reader:
-            reader.execute("BEGIN")
-            assert len(reader.execute("SELECT * FROM conversations").fetchall()) == 2
-            await storage.delete_session("s")
-            assert CANARY.encode() in held_in(tmp_path)
-            assert caplog.text.count("cannot be emptied") == 1
-        await storage.delete_session("other")
-        assert CANARY.encode() not in held_in(tmp_path)

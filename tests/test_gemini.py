@@ -72,17 +72,6 @@ async def failure_of(model: Gemini) -> tuple[list[str], Failed]:
     return [str(text) for text in texts], caught.value
 
 
-async def leave_after(model: Gemini, number: int) -> list[str]:
-    """Read so many pieces of a reply and leave it, as by a cancel; return them."""
-    texts: list[str | Notice] = []
-    reading = asyncio.create_task(model.reply(PROMPT, texts.append))
-    await until(lambda: len(texts) == number)
-    reading.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reading
-    return [str(text) for text in texts]
-
-
 async def test_the_request_is_what_the_interface_takes(gemini: GeminiStandIn, model: Gemini) -> None:
     assert "".join(await read(model)) == "네, 듣고 있어요."
     (request,) = gemini.requests
@@ -231,17 +220,6 @@ async def test_a_failure_that_may_pass_is_retried(gemini: GeminiStandIn, model: 
     gemini.answers.append(PASSING[failure])
     assert "".join(await read(model)) == "네, 듣고 있어요."
     assert len(gemini.requests) == 2
-
-
-async def test_a_busy_hour_is_waited_for(gemini: GeminiStandIn) -> None:
-    """The pauses between the requests grow until the time for the first text is used up."""
-    gemini.default = status(503)
-    began = time.monotonic()
-    async with client_for(gemini.url, first_chunk_timeout=2) as model:
-        _, failure = await failure_of(model)
-    assert 1.5 < time.monotonic() - began < 2.5
-    assert failure.cause.startswith("Gemini: status 503, attempt ")
-    assert 3 < len(gemini.requests) < 10
 
 
 async def test_a_refused_connection_is_retried_and_fails() -> None:
@@ -495,18 +473,6 @@ async def test_a_reply_that_ran_out_of_tokens_gets_a_short_end(gemini: GeminiSta
             assert "".join(await read(hurried)) == "네. 많이 힘드셨"
 
 
-AGAIN = [answer for name, answer in CUTS.items() if "STOP" not in name]
-
-
-@pytest.mark.parametrize("again", [*AGAIN, status(503), silent_after()])
-async def test_a_reply_that_breaks_off_twice_fails(gemini: GeminiStandIn, again: Answer) -> None:
-    gemini.answers.extend([CUTS["ends"], again])
-    async with client_for(gemini.url, chunk_timeout=1, first_chunk_timeout=2) as model:
-        texts, _ = await failure_of(model)
-    assert "".join(texts) == "많이 힘드셨"  # and nothing twice
-    assert len(gemini.requests) == 2
-
-
 async def test_a_reply_that_only_lacked_its_end_gets_no_more_text(gemini: GeminiStandIn, model: Gemini) -> None:
     for rest in (stream(event("있어요."), event(finish="STOP")), stream(event(finish="STOP"))):
         gemini.answers.extend([stream(event("네, 듣고 있어요.")), rest])
@@ -532,12 +498,6 @@ async def test_a_rest_that_the_safety_filter_blocks_raises_blocked(gemini: Gemin
     gemini.answers.extend([stream(event("가")), stream(event(finish="SAFETY"))])
     with pytest.raises(Blocked):
         await read(model)
-
-
-async def test_leaving_the_rest_of_an_answer_closes_its_stream(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.answers.extend([stream(event("가")), silent_after(event("나"))])
-    assert await leave_after(model, 2) == ["가", " 나"]
-    await until(lambda: gemini.ended == 2)
 
 
 # The fallback
@@ -707,9 +667,3 @@ async def test_two_hundred_replies_at_once_have_two_hundred_streams(gemini: Gemi
 
     gemini.default = answer
     assert await asyncio.gather(*(read(model) for _ in range(200))) == [["가"]] * 200
-
-
-async def test_leaving_a_reply_closes_its_stream(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.answers.append(silent_after(event("가")))
-    assert await leave_after(model, 1) == ["가"]
-    await until(lambda: gemini.ended == 1)

@@ -416,40 +416,6 @@ async def test_killed_replica_costs_no_answer(tmp_path: Path, gemini: GeminiStan
         assert not any(person.session_id in log for log in logs for person in people)
 
 
-async def test_request_lost_by_two_killed_replicas_ends_in_an_error(
-    tmp_path: Path, postgres_url: str, gemini: GeminiStandIn, two_replicas: TwoReplicas
-) -> None:
-    model = Halves(gemini)
-    values = values_for(postgres_url, gemini)
-    async with two_replicas() as site:
-        model.mute = {f"{CANARY} {number}" for number in range(2)}
-        people = await site.people(4)
-        halves = await begin_to_talk(people, model)
-        answering = [asyncio.create_task(person.answer(half)) for person, half in zip(people, halves, strict=True)]
-
-        async def replace_both() -> None:
-            for program in site.replicas:
-                program.process.kill()
-                await program.process.wait()
-            async with site.http.get(f"{site.url}/health") as response:
-                assert response.status == 502
-            ports = [program.port for program in site.replicas]
-            again = [await stack.enter_async_context(started(tmp_path, **values, PORT=port)) for port in ports]
-            site.replicas = again
-
-        async with contextlib.AsyncExitStack() as stack:
-            await replace_both()
-            await until(lambda: len(model.asked) == 8)
-            await replace_both()
-            answers = await asyncio.gather(*answering)
-            assert [answer[-1].get("code") for answer in answers] == ["lost"] * 4
-            await model.let()
-            for person in people:
-                assert await person.turns() == []
-                await person.ask("이어서 하는 말이에요")  # as the sentence asks for
-            check_whole(await asyncio.gather(*(person.answer([]) for person in people)))
-
-
 async def test_erasing_reaches_the_replica_that_streams(gemini: GeminiStandIn, two_replicas: TwoReplicas) -> None:
     model = Halves(gemini)
     async with two_replicas() as site:
