@@ -32,7 +32,7 @@ from standin import GeminiStandIn, event, stream
 from support import ENDS, Frame, Frontend, Wire, text_of, wire_to_postgres
 
 FAULTS = [
-    *(name for name, fault in MODEL_FAULTS.items() if not fault.planned),
+    *MODEL_FAULTS,
     "closed",
     "cut",
     "frozen",
