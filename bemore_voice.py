@@ -720,8 +720,8 @@ class Sessions:
         try:
             await self.services.storage.delete_session(session_id)
         finally:
-            if session is not None:
-                await close_all(session.clients, WSCloseCode.OK, b"erased")
+            for client in session.clients if session is not None else ():
+                client.close(WSCloseCode.OK, b"erased")
         logger.info("session=%s outcome=erased", anonymous(session_id))
 
     async def drain(self) -> None:
@@ -737,8 +737,9 @@ class Sessions:
         await asyncio.gather(self._until_idle(sessions, limits.write_seconds), marks)
         for session in sessions:
             await session.abandon()
-        clients = [client for session in sessions for client in session.clients]
-        await close_all(clients, WSCloseCode.GOING_AWAY)
+        closing = [client.close(WSCloseCode.GOING_AWAY) for session in sessions for client in session.clients]
+        if closing:
+            await asyncio.wait(closing)
 
     async def _until_idle(self, sessions: list[Session], seconds: float) -> None:
         """Wait until no session answers, sends or stores anything, for so many seconds at most."""
@@ -748,10 +749,6 @@ class Sessions:
                 while not all(session.idle for session in sessions):
                     became_idle.clear()
                     await became_idle.wait()
-
-
-async def close_all(clients: Iterable[Client], code: WSCloseCode, reason: bytes = b"") -> None:
-    await asyncio.gather(*(client.close(code, reason) for client in list(clients)))
 
 
 # Route

@@ -23,6 +23,20 @@ class Client:
     `max_unsent_bytes`, or if something in it is older than `stall_seconds`. All times are in seconds.
     """
 
+    __slots__ = (
+        "_close_seconds",
+        "_gone",
+        "_max_unsent_bytes",
+        "_request",
+        "_sent_since_check",
+        "_stall_seconds",
+        "_stall_timer",
+        "_transport",
+        "said_goodbye",
+        "token",
+        "ws",
+    )
+
     def __init__(
         self,
         request: web.Request,
@@ -51,8 +65,7 @@ class Client:
         self._close_seconds = close_seconds
         self.token = token  # the newest that the peer has
         self.said_goodbye = False  # the peer has, by a close frame
-        self._closing = False
-        self._gone = asyncio.get_running_loop().create_future()
+        self._gone: asyncio.Future[None] | None = None  # from our goodbye on; done when the connection has ended
         self._stall_timer: asyncio.TimerHandle | None = None
         self._sent_since_check = 0
 
@@ -65,10 +78,10 @@ class Client:
     async def receive(self) -> aiohttp.WSMessage | None:
         """Return the peer's next message; None once the connection ends. Messages after our goodbye are dropped."""
         while (message := await self.ws.receive()).type in OPEN:
-            if not self._closing:
+            if self._gone is None:
                 return message
         self.said_goodbye = message.type is WSMsgType.CLOSE
-        if not self._closing and self.said_goodbye:
+        if self._gone is None and self.said_goodbye:
             await self.ws.close(drain=False)
         return None
 
@@ -80,7 +93,7 @@ class Client:
 
     def send(self, frame: bytes, opcode: WSMsgType = WSMsgType.TEXT) -> None:
         """Write a frame. One to a peer that is gone is dropped: receive() is about to return None."""
-        if self._closing:
+        if self._gone is not None:
             return
         try:
             run_to_end(self.ws.send_frame(frame, opcode))
@@ -93,22 +106,23 @@ class Client:
             elif self._stall_timer is None:
                 self._start_stall_timer()
 
-    async def close(self, code: WSCloseCode, reason: bytes = b"") -> None:
-        """Say goodbye, and cut the connection unless the peer says it too in time.
+    def close(self, code: WSCloseCode, reason: bytes = b"") -> asyncio.Future[None]:
+        """Say goodbye; return a future that is done once the connection has ended.
 
-        aiohttp's own close() would not wait for the peer beside a task that reads, and the network may then drop frames
-        that are on their way to it.
+        The connection is cut unless the peer says goodbye in time. aiohttp's own close() would not wait for the peer
+        beside a task that reads, and the network may then drop frames that are on their way to it.
         """
-        self.send(code.to_bytes(2, "big") + reason, WSMsgType.CLOSE)
-        self._closing = True
-        await asyncio.wait([self._gone], timeout=self._close_seconds)
-        self._transport.abort()
+        if self._gone is None:
+            self.send(code.to_bytes(2, "big") + reason, WSMsgType.CLOSE)
+            loop = asyncio.get_running_loop()
+            self._gone = loop.create_future()
+            loop.call_later(self._close_seconds, self._transport.abort)
+        return self._gone
 
     def leave(self) -> None:
         """Note that the connection has ended."""
-        if not self._gone.done():
+        if self._gone is not None:
             self._gone.set_result(None)
-        if self._closing:
             self._transport.close()
 
     def _start_stall_timer(self) -> None:

@@ -37,7 +37,7 @@ COVERED_BY = {
     "violence": ("violence",),
     "indirect": ("indirect", "explicit", "violence"),
 }
-TOO_MANY_WAIT = Failure(ErrorCode.RATE_LIMITED)
+TOO_MANY_WAIT = Failure(ErrorCode.RATE_LIMITED, retry_after_ms=1_000)
 SHUTTING_DOWN = Failure(ErrorCode.AI_UNAVAILABLE, "shutting down")
 ERASED = Failure(ErrorCode.SESSION_EXPIRED)
 NO_TEXT = Failure(ErrorCode.AI_UNAVAILABLE, "model: no text")

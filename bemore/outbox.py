@@ -137,7 +137,7 @@ class Outbox:
         self._act, self._next_seq = act, next_seq
         self._gap, self._interval, self._keep = gap, interval, keep
         self.peers: tuple[Peer, ...] = ()
-        self._held: deque[Held] = deque()
+        self._held: list[Held] = []  # a deque would take 0.7 KiB for each silent session
         self._due = self._chunk_due = 0.0  # the earliest times of the next frame, and of the next chunk
         self._behind: dict[Peer, deque[Frame]] = {}
         self._replies: list[Reply] = []
@@ -227,7 +227,7 @@ class Outbox:
             kept = [item for item in items if item.kind is Kind.CHUNK]
         if kept and not reply.begun:
             kept.insert(0, items[0])
-        self._held = deque([*(item for item in self._held if item.reply is not reply), *kept])
+        self._held = [*(item for item in self._held if item.reply is not reply), *kept]
         self._send_missed()
 
     # Time
@@ -273,7 +273,7 @@ class Outbox:
                 self._leave_queue(now)
 
     def _leave_queue(self, now: float) -> None:
-        item = self._held.popleft()
+        item = self._held.pop(0)
         if item.call is not None:
             item.call()
         else:
