@@ -200,14 +200,14 @@ async def test_subprotocols_are_not_logged(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-async def test_a_bug_behind_the_upgrade_writes_no_http(tmp_path: Path) -> None:
+async def test_a_bug_behind_the_upgrade_writes_no_http() -> None:
     """Bytes of HTTP would break the WebSocket's frames."""
 
     async def broken(request: web.Request) -> web.StreamResponse:
         await web.WebSocketResponse().prepare(request)
         raise RuntimeError("hush")
 
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    settings = make_settings()
     app = create_app(settings, make_storage(settings), Demo())
     app.router.add_get("/broken", broken)
     runner = make_runner(app)

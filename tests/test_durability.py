@@ -19,6 +19,7 @@ from bemore.postgres import MAX_CONNECTIONS, MIN_CONNECTIONS, Postgres
 from bemore.storage import NewTurn, Storage, Unavailable
 
 NOW = 1_800_000_000_000_000
+LIVES = 10  # of a process that is killed
 Lock = Callable[[], AbstractAsyncContextManager[None]]
 
 
@@ -287,9 +288,9 @@ async def test_a_killed_process_has_lost_no_complete_turn(gemini: GeminiStandIn,
     for folder in folders:
         folder.mkdir()
     values = {"GEMINI_API_KEY": "k", "GEMINI_BASE_URL": gemini.url}
-    lives = [live_and_die(folder, range(25), random.Random(seed), **values) for seed, folder in enumerate(folders)]
+    lives = [live_and_die(folder, range(LIVES), random.Random(seed), **values) for seed, folder in enumerate(folders)]
     for folder, told in zip(folders, await asyncio.gather(*lives), strict=True):
-        assert len(told) >= 25
+        assert len(told) >= LIVES
         with contextlib.closing(sqlite3.connect(folder / "bemore.db")) as database:
             stored = [row[0] for row in database.execute("SELECT user_message FROM conversations")]
         assert set(told) <= set(stored)

@@ -234,13 +234,13 @@ async def test_a_refused_connection_is_retried_and_fails() -> None:
 
 @pytest.mark.parametrize(
     "busy",
-    [status(429, Retry_After="1"), refusal(429, retryDelay="1.2s"), refusal(503, "Please retry in 1.1s.")],
+    [status(429, Retry_After="0.6"), refusal(429, retryDelay="0.7s"), refusal(503, "Please retry in 0.8s.")],
 )
 async def test_a_pause_that_is_asked_for_is_kept(gemini: GeminiStandIn, model: Gemini, busy: Answer) -> None:
     gemini.answers.append(busy)
     began = time.monotonic()
     await read(model)
-    assert time.monotonic() - began >= 1
+    assert time.monotonic() - began >= 0.6
     assert len(gemini.requests) == 2
 
 
@@ -516,7 +516,7 @@ async def test_the_fallback_continues_its_own_reply(gemini: GeminiStandIn, model
     assert asked(gemini) == ["m-1", "m-2", "m-2"]
 
 
-@pytest.mark.parametrize("failure", ["429", "503", "an error event 503", "an empty stream", "thoughts alone"])
+@pytest.mark.parametrize("failure", ["503", "an error event 503", "an empty stream"])
 async def test_the_fallback_is_asked_after_three_attempts(
     gemini: GeminiStandIn, models: Gemini, caplog: pytest.LogCaptureFixture, failure: str
 ) -> None:
@@ -545,7 +545,7 @@ async def test_the_fallback_gets_no_thinking_level(gemini: GeminiStandIn, models
     assert first == second
 
 
-@pytest.mark.parametrize("again", [status(503), status(404), refusal(400, "Thinking level"), reset_after(), stream()])
+@pytest.mark.parametrize("again", [status(503), refusal(400, "Thinking level"), stream()])
 async def test_a_fallback_that_fails_too_is_the_end(gemini: GeminiStandIn, models: Gemini, again: Answer) -> None:
     gemini.answers.extend([status(404), again])
     await failure_of(models)

@@ -18,23 +18,24 @@ from standin import GeminiStandIn
 from support import (
     CANARY,
     SECRET,
+    RawPeer,
     ScriptedCounsellor,
     Server,
     Serving,
     kinds_of,
     logged,
-    make_settings,
     start,
     started,
     text_of,
     token_for,
 )
+from tools import open_storage
 from yarl import URL
 
 from bemore.counsellor import Emotion
 from bemore.log import LogFormatter, StrayExceptionLog, logfmt
 from bemore.storage import ADD_TURN, DELETE_SESSION, SCHEMA, NewTurn
-from bemore_voice import make_storage, system_prompt
+from bemore_voice import system_prompt
 
 
 async def read(server: Server, session_id: str = "가", **options: Any) -> tuple[int, Any]:
@@ -187,7 +188,7 @@ async def test_erasing_empties_all_tables_of_one_session_alone(serving: Serving,
 @pytest.mark.parametrize("characters", [20, 900, 60_000])
 async def test_on_sqlite_the_bytes_leave_the_file_and_its_log(tmp_path: Path, characters: int) -> None:
     path = tmp_path / "a.db"
-    async with make_storage(make_settings(f"sqlite:///{path}")) as storage:
+    async with open_storage(f"sqlite:///{path}") as storage:
         for number in range(6):  # rows of several sessions share pages, so that some are moved as pages split
             await storage.create_session(f"s{number}")
         for turn in range(120):
@@ -204,7 +205,7 @@ async def test_on_sqlite_the_bytes_leave_the_file_and_its_log(tmp_path: Path, ch
 async def test_a_reader_of_the_file_delays_the_emptying_of_the_log(tmp_path: Path) -> None:
     """A warning says so; the next deletion empties it."""
     path, log = tmp_path / "a.db", tmp_path / "a.db-wal"
-    async with make_storage(make_settings(f"sqlite:///{path}")) as storage:
+    async with open_storage(f"sqlite:///{path}") as storage:
         for session_id in ("가", "나"):
             await storage.create_session(session_id)
             await storage.add_turn(session_id, NewTurn(CANARY, "답", None, 1))
@@ -228,13 +229,13 @@ async def test_the_log_of_a_killed_process_is_emptied_at_the_start(tmp_path: Pat
         await program.process.wait()
     log = tmp_path / "bemore.db-wal"
     assert CANARY.encode() in log.read_bytes()
-    async with make_storage(make_settings(f"sqlite:///{tmp_path}/bemore.db")):
+    async with open_storage(f"sqlite:///{tmp_path}/bemore.db"):
         assert not log.read_bytes()
 
 
 async def test_a_new_sqlite_file_is_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
-    async with make_storage(make_settings(f"sqlite:///{path}")) as storage:
+    async with open_storage(f"sqlite:///{path}") as storage:
         await storage.create_session("s")
         for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
             assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -411,19 +412,12 @@ async def test_nothing_that_a_client_sends_reaches_the_instruction(
 LOGFMT = r"""time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3} level=[A-Z]+( \w+=([^\s="]+|"([^"\\]|\\.)*"))+$"""
 
 
-async def test_a_request_that_is_no_http_is_not_quoted_in_the_log(tmp_path: Path) -> None:
-    requests = [
-        b"GET /ws/session/hush-id?token=hush-token HTTP/1.1\r\nHost: 127.0.0.1\r\nhush header\r\n\r\n",
-        b"GET /ws/session/hush-id\x01?token=hush HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
-        b"hush hush hush\r\n\r\n",
-        b"POST /api/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nhush\r\n",
-    ]
+async def test_every_line_of_the_log_is_logfmt_without_words(tmp_path: Path) -> None:
     async with started(tmp_path, LOG_LEVEL="debug") as program:
-        for request in requests:
-            reader, writer = await asyncio.open_connection("127.0.0.1", program.port)
-            writer.write(request)
-            assert b" 400 " in await reader.readline()
-            writer.close()
+        peer = await RawPeer.connect(("127.0.0.1", program.port))
+        peer.send(b"hush hush hush\r\n\r\n")
+        assert (await peer.answer())[0] == 400
+        peer.abort()
         async with program.connect("hush-id%2F..%2F") as client:
             await client.ask(f"{CANARY}\r\n2026-11-24 00:00:00,000 ERROR forged")
             await client.reply()
