@@ -45,6 +45,7 @@ class World:
         self.gap = self.random.choice([0, 0.02])
         self.now = 0.0
         self.numbers = itertools.count(1)
+        self.barge_in = self.random.random() < 0.2
         self.core = module.Conversation(
             FIRST,
             SHORT,
@@ -52,7 +53,7 @@ class World:
             gap=self.gap,
             interval=self.random.choice([self.gap, 2.5 * self.gap]),
             keep=KEEP,
-            barge_in=self.random.random() < 0.2,
+            barge_in=self.barge_in,
         )
         self.peers = Peers()
         self.turns: list[Any] = []
@@ -129,6 +130,9 @@ class World:
             texts.insert(0, frame.text)
         return "".join(texts)
 
+    def is_current(self, turn: Any) -> bool:
+        return turn.phase not in (self.module.Phase.WAITING, self.module.Phase.DONE)
+
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
 
@@ -159,7 +163,7 @@ class World:
             turn.failure = self.module.Failure(self.module.ErrorCode.EMPTY_MESSAGE)
         elif kind != "plain":
             turn.signal = kind
-        if self.core._barge_in and kind != "bad":
+        if self.barge_in and kind != "bad":
             self.note_withdrawn()
         self.turns.append(turn)
         self.urgent.add(self.now)
@@ -178,7 +182,7 @@ class World:
     def cancel(self) -> None:
         self.note_withdrawn()
         self.urgent.add(self.now)
-        current = self.core._current
+        current = next(filter(self.is_current, self.turns), None)
         self.perform(self.core.cancel(self.now))
         if current is not None:
             self.wait(2 * self.gap + EPSILON)
@@ -204,8 +208,8 @@ class World:
         elif self.chance(0.1):
             self.erased = True
             # What waits to be written is cancelled by the driver.
+            pending = [turn for kind, turn in self.reports if kind in ("admit", "store")]
             self.reports = [each for each in self.reports if each[0] == "pong"]
-            pending = list(self.core._unreported)
             self.perform(self.core.erase(self.now))
             for turn in pending:
                 self.perform(
@@ -254,7 +258,7 @@ class World:
             self.reports.append(("model", turn))
         elif draw < 0.9:
             self.perform(self.core.streamed(turn, self.now))
-        elif turn is self.core._current:
+        elif self.is_current(turn):
             self.perform(self.core.failed(turn, self.module.Failure(self.module.ErrorCode.AI_UNAVAILABLE), self.now))
 
     # The end of a life
