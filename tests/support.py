@@ -692,7 +692,7 @@ class Wire:
             writer.close()
 
     def freeze(self) -> None:
-        """Let nothing through, in either direction, and tell nobody: a phone that has left the network."""
+        """Let nothing through, in either direction, and close nothing: a phone that has left the network."""
         self._flowing.clear()
 
     def cut(self) -> int:

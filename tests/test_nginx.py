@@ -308,7 +308,7 @@ def two_replicas(tmp_path: Path, postgres_url: str, gemini: GeminiStandIn, certi
 
 
 async def begin_to_talk(people: list[Person], model: Halves) -> list[list[dict[str, Any]]]:
-    """Let everybody ask, and hear the first half of the reply where the model says it."""
+    """Let all ask, and hear the first half of the reply where the model says it."""
 
     async def ask(number: int, person: Person) -> list[dict[str, Any]]:
         await person.ask(message := f"{CANARY} {number}")

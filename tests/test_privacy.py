@@ -468,7 +468,7 @@ async def test_a_mistake_of_ours_is_answered_and_logged_without_words(
     assert not any("hush" in line for line in logged)
 
 
-async def test_a_task_that_nobody_waits_for_is_logged_without_words() -> None:
+async def test_a_bug_in_a_task_is_logged_without_words() -> None:
     async def broken() -> None:
         raise RuntimeError(f"{CANARY} hush")
 
