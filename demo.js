@@ -40,8 +40,8 @@ const TEXTS = {
   sentOpenai: "답을 만들기 위해 말씀하신 내용을 운영자가 정한 AI 모델({model})로 보냅니다.",
   sentDemo: "말씀하신 내용을 AI 회사로 보내지 않습니다.",
   sentVoice: "음성은 브라우저 제조사의 서버로 보내져 글로 바뀔 수 있습니다.",
-  hintVoice: "버튼을 누르고 말하거나 글로 적어 주세요. 말로 하시면 답도 소리로 들려 드립니다. "
-    + "옆에 듣는 사람이 있다면 아래 ‘소리’에서 ‘읽지 않기’를 골라 주세요.",
+  hintVoice: "버튼을 누르고 말하거나 글로 적어 주세요. 말을 마치고 잠시 기다리면 보내고, 답은 소리로도 들려 드립니다. "
+    + "옆에 듣는 사람이 있다면 아래 ‘읽어 주기’를 ‘끄기’로 바꿔 주세요.",
   hintWrite: "이 브라우저는 말을 글로 바꾸지 못합니다. 아래에 글로 적어 주세요.",
   connecting: "연결하는 중", connected: "연결됨", disconnected: "연결 안 됨",
   listening: "듣는 중", thinking: "생각 중", speaking: "말하는 중", answering: "답하는 중", generating: "응답 생성 중",
@@ -941,11 +941,11 @@ function writeDraft(words) {
 }
 
 function submit(event) {
-  event?.preventDefault();
+  event.preventDefault();
+  if (listener.phase !== "off") stopListening();
   const words = $("field").value.trim();
   if (!words) return;
   writeDraft("");
-  if (listener.phase !== "off") leaveListener();
   ask(words);
 }
 
@@ -1000,7 +1000,8 @@ async function pastTurns(limit, before = "") {
 
 function pastElement({ user_message: mine, ai_response: theirs, emotion, created_at: when }) {
   const item = make("li", "turn");
-  item.append(make("time", "", localTime(when), { dateTime: when }), ownWords(mine), make("p", "theirs words", shown(theirs)));
+  item.append(make("time", "", localTime(when), { dateTime: when }), ownWords(mine), make("p", "theirs words"));
+  item.lastChild.append(...withLinks(shown(theirs)));
   addBadge(item.children[1], emotion);
   return item;
 }

@@ -40,7 +40,8 @@ FONTS = """\
   <cachedir>{cache}</cachedir>
 </fontconfig>
 """
-NANUM = "/usr/share/fonts/truetype/nanum"
+NANUM = Path("/usr/share/fonts/truetype/nanum")
+FONTS_FOLDER = NANUM if NANUM.is_dir() else "/usr/share/fonts"
 PHONE = {"width": 390, "height": 844}
 START = 1_800_000_000  # where a page's clock stands still, in seconds since the epoch
 
@@ -55,7 +56,7 @@ async def running_browser(folder: Path) -> AsyncIterator[Browser]:
         assert not os.environ.get("CI"), "chromium is missing"
         pytest.skip("chromium is not installed")
     fonts = folder / "fonts.conf"
-    fonts.write_text(FONTS.format(fonts=NANUM if os.path.isdir(NANUM) else "/usr/share/fonts", cache=folder))
+    fonts.write_text(FONTS.format(fonts=FONTS_FOLDER, cache=folder))
     environment: dict[str, str | float | bool] = {**os.environ, "FONTCONFIG_FILE": str(fonts)}
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=program, args=ARGUMENTS, env=environment)

@@ -341,10 +341,14 @@ async def test_what_is_said_while_the_server_is_away_is_sent_when_it_is_back(bro
 
 
 async def test_a_refused_session_is_said_once_and_tried_again(browser: Browser, site: Server) -> None:
-    refusals = [{"status": 429, "headers": {"Retry-After": "2"}, "json": {"error": "새 대화를 너무 자주 시작했습니다"}}]
+    refused: list[Route] = []
 
     async def answer(route: Route) -> None:
-        await (route.fulfill(**refusals.pop()) if refusals else route.continue_())
+        if refused:
+            return await route.continue_()
+        refused.append(route)
+        body = {"error": "새 대화를 너무 자주 시작했습니다"}
+        await route.fulfill(status=429, headers={"Retry-After": "2"}, json=body)
 
     async with visiting(browser, site, first_screen=True, network_errors=True) as visit:
         await visit.page.route("**/api/sessions", answer)

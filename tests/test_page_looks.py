@@ -33,7 +33,7 @@ async def test_the_first_screen_is_one_card_and_one_button(browser: Browser, sit
         assert not [url for url in visit.requests if "/api/" in url or "/ws/" in url]  # nothing before the tap
         await visit["#begin"].click()
         await visit.state("연결됨")
-        await expect(visit["#hint"]).to_contain_text("말로 하시면 답도 소리로 들려 드립니다.")
+        await expect(visit["#hint"]).to_contain_text("답은 소리로도 들려 드립니다.")
         await visit.page.reload()
         await visit.state("연결됨")
         await expect(visit["#begin"]).to_be_hidden()

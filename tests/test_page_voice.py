@@ -233,6 +233,15 @@ async def test_it_never_hears_the_reply(visit: Visit, counsellor: ScriptedCounse
     await visit.until_spoken("들은 말: 이어서 하는 말이에요")
 
 
+async def test_heard_words_go_with_written_ones_that_are_sent(visit: Visit) -> None:
+    await visit["#field"].fill("글로 적은 말.")
+    await visit["#microphone"].click()
+    await visit.page.evaluate("ear.hear('말로 한 말')")
+    await visit["#field"].press("Enter")
+    assert await visit.asked(1) == ["글로 적은 말. 말로 한 말"]
+    await expect(visit["#notice"]).to_have_text("")
+
+
 # Speaking
 
 
@@ -241,14 +250,14 @@ async def test_only_spoken_talk_is_read_aloud_unless_chosen(visit: Visit) -> Non
     await visit.replied("들은 말: 글로 적은 말")
     await visit.speak("말로 한 말이에요")
     await visit.until_spoken("들은 말: 말로 한 말이에요")
-    await visit["#aloud"].select_option("읽지 않기")
+    await visit["#aloud"].select_option("끄기")
     assert await visit.page.evaluate("mouth.current") is None
     await visit.speak("조용히 듣고 싶은 말")
     await visit.replied("들은 말: 조용히 듣고 싶은 말")
     await visit.page.reload()
     await visit.state("연결됨")
     await expect(visit["#aloud"]).to_have_value("never")
-    await visit["#aloud"].select_option("늘 읽기")
+    await visit["#aloud"].select_option("항상")
     await visit.write("글로 다시 적은 말")
     await visit.until_spoken("들은 말: 글로 다시 적은 말")
 
