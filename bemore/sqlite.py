@@ -93,7 +93,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         yield
         db.execute("COMMIT")
     except BaseException:
-        if db.in_transaction:  # a full disk, for one, ends it
+        if db.in_transaction:
             db.execute("ROLLBACK")
         raise
 
@@ -108,23 +108,35 @@ class Job:
     done: asyncio.Future[list[Any]]
 
 
-def run_all(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[list[Any] | Exception]:
-    """Run statements one after another, each for itself; return the rows of each, or what it failed by."""
-    outcomes: list[list[Any] | Exception] = []
-    for job in jobs:
-        try:
-            outcomes.append([] if job.done.cancelled() else run(db, job))
-        except Exception as error:
-            outcomes.append(error)
+Outcome = list[Any] | Exception
+
+
+def run_all(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[Outcome]:
+    """Run statements in one transaction; return the rows of each, or what it failed by.
+
+    A statement that fails leaves the others done. If the transaction fails, none is done.
+    """
+    outcomes: list[Outcome] = []
+    try:
+        with transaction(db):
+            for job in jobs:
+                outcomes.append(outcome_of(db, job))
+                if not db.in_transaction:  # a full disk, for one, ends it
+                    raise sqlite3.OperationalError("the transaction was rolled back")
+    except sqlite3.Error as error:
+        return [error] * len(jobs)
     return outcomes
 
 
-def run(db: sqlite3.Connection, job: Job) -> list[Any]:
-    if not job.create:
+def outcome_of(db: sqlite3.Connection, job: Job) -> Outcome:
+    try:
+        if job.done.cancelled():
+            return []
+        if job.create:
+            db.execute(CREATE_SESSION, {"1": job.named["1"]})
         return db.execute(job.sql, job.named).fetchall()
-    with transaction(db):
-        db.execute(CREATE_SESSION, {"1": job.named["1"]})
-        return db.execute(job.sql, job.named).fetchall()
+    except Exception as error:
+        return error
 
 
 def empty_log(db: sqlite3.Connection, timeout: float) -> bool:
@@ -206,8 +218,8 @@ class SQLite(Storage):
     async def _work(self) -> None:
         """Hand all statements that wait to the thread in one call, until none waits.
 
-        A call for each would compete with the event loop for the interpreter's lock each time, which fifty people who
-        speak in one moment would notice.
+        A call and a transaction for each would compete with the event loop for the interpreter's lock many times, which
+        fifty people who speak in one moment would notice.
         """
         try:
             while self._waiting:
