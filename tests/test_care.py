@@ -16,6 +16,7 @@ from bemore.anchors import Tier, anchors_in
 from bemore.care import (
     BLOCKED_REPLY,
     BLOCKED_SHORT,
+    DETECTOR,
     FIRST,
     LONGEST,
     SHORT,
@@ -257,6 +258,12 @@ def test_measure_judges_each_set_by_what_the_others_teach() -> None:
     # A detector that has seen the set finds more in it.
     unseen = sum(row.wrong for row in results["hard"])
     assert sum(row.wrong for row in measure.judge(Detector(train(few)), few["hard"])) < unseen
+
+
+def test_document_publishes_the_figures_of_the_unseen_sets() -> None:
+    unseen = {name: measure.judge(DETECTOR, rows) for name, rows in read_sets(ROOT / "care" / "unseen").items()}
+    published = (ROOT / "docs" / "safety.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in measure.real_table(unseen) if line not in published] == []
 
 
 def test_bench_measures_every_message() -> None:
