@@ -62,7 +62,7 @@ from bemore.care import BLOCKED_REPLY, BLOCKED_SHORT, FIRST, FORMER, SHORT, Sign
 from bemore.client import Client
 from bemore.connections import LimitedRunner, make_site
 from bemore.conversation import Action, Admit, Conversation, Ended, Forget, Mark, Phase, Stop, Store, Turn, Utterance
-from bemore.counsellor import Blocked, Counsellor, Emotion, Failed, Notice, PastTurn, Prompt
+from bemore.counsellor import MARKERS, Blocked, Counsellor, Emotion, Failed, Notice, PastTurn, Prompt
 from bemore.demo import Demo
 from bemore.gemini import Gemini
 from bemore.log import StrayExceptionLog, anonymous, configure_logging, describe_bug
@@ -308,7 +308,7 @@ GUIDANCE = {
 }
 
 # The model is the second detector: it writes a marker where the whole conversation shows a sign.
-SELF_MARKER, OTHERS_MARKER = "[[위험]]", "[[위협]]"
+SELF_MARKER, OTHERS_MARKER = MARKERS
 MARKER_PROMPT = f"""
 상대의 말이, 지금까지의 대화에 비추어, 자살이나 자해의 위험을 보이면 답의 맨 처음에 {SELF_MARKER} 표시만, 남을 \
 해치거나 지금 폭력을 당할 위험을 보이면 {OTHERS_MARKER} 표시만 적고 이어서 답하세요. 앱이 그 자리에서 알맞은 번호를 \

@@ -33,29 +33,33 @@ const LOW_PIXELS = 560; // a page of less height is one scrolling column
 // ---- Texts that the document does not hold ----
 const TEXTS = {
   whoModel: "사람이 아니라 생성형 AI가 답합니다. 치료나 진단을 대신하지 않습니다.",
-  whoDemo: "사람이 아니라 컴퓨터가 미리 준비한 문장으로 답합니다(체험 모드). 치료나 진단을 대신하지 않습니다.",
+  whoDemo: "체험 모드입니다. 사람이 아니라 컴퓨터가 미리 준비한 문장으로 답합니다. 치료나 진단을 대신하지 않습니다.",
   kept: "나눈 대화는 이 서버에 저장되며, ‘지난 대화’에서 지울 수 있습니다.",
   keptDays: "나눈 대화는 이 서버에 저장되며, ‘지난 대화’에서 지울 수 있습니다. 마지막 대화에서 {days}일이 지나면 지워집니다.",
   sentGemini: "답을 만들기 위해 말씀하신 내용을 Google Gemini로 보냅니다.",
   sentOpenai: "답을 만들기 위해 말씀하신 내용을 운영자가 정한 AI 모델({model})로 보냅니다.",
   sentDemo: "말씀하신 내용을 AI 회사로 보내지 않습니다.",
   sentVoice: "음성은 브라우저 제조사의 서버로 보내져 글로 바뀔 수 있습니다.",
-  hintVoice: "버튼을 누르고 말하거나 글로 적어 주세요. 말로 하시면 답도 소리로 들려 드립니다. 옆에 듣는 사람이 있다면 아래 ‘소리’에서 ‘읽지 않기’를 골라 주세요.",
+  hintVoice: "버튼을 누르고 말하거나 글로 적어 주세요. 말을 마치고 잠시 기다리면 보내고, 답은 소리로도 들려 드립니다. "
+    + "옆에 듣는 사람이 있다면 아래 ‘읽어 주기’를 ‘끄기’로 바꿔 주세요.",
   hintWrite: "이 브라우저는 말을 글로 바꾸지 못합니다. 아래에 글로 적어 주세요.",
-  connecting: "연결하는 중", connected: "연결됨", disconnected: "연결 안 됨", listening: "듣는 중", thinking: "생각 중",
-  speaking: "말하는 중", answering: "답하는 중", generating: "응답 생성 중",
-  reply: "AI의 답", replyDemo: "체험용 답", none: "선택 안 함", unfold: "모두 보기", fold: "접기", again: "다시 묻기", call: "{number} 전화", text: "{number} 문자",
-  speak: "말하기", press: "듣는 중 (누르면 보내기)", write: "글로 적기", message: "메시지 보내기", conversation: "대화", hearing: "듣고 있는 말", helplines: "상담과 신고 전화",
+  connecting: "연결하는 중", connected: "연결됨", disconnected: "연결 안 됨",
+  listening: "듣는 중", thinking: "생각 중", speaking: "말하는 중", answering: "답하는 중", generating: "응답 생성 중",
+  speak: "말하기", press: "듣는 중 (누르면 보내기)", none: "선택 안 함", unfold: "모두 보기", fold: "접기",
+  reply: "AI의 답", replyDemo: "체험용 답", again: "다시 묻기", call: "{number} 전화", text: "{number} 문자",
   waitsConnection: "지금은 연결이 끊겨 있습니다. 다시 연결되면 바로 보냅니다.", waitsTurn: "앞의 답이 끝나면 이어서 답합니다.",
-  lost: "답을 받지 못했습니다.", cut: "답이 여기서 멈췄습니다.", cutBefore: "답하기 전에 멈췄습니다.", retryIn: "{seconds}초 뒤에 다시 보낼 수 있습니다.",
-  noServer: "지금은 서버에 연결할 수 없습니다. 잠시 뒤에 다시 해 주세요.",
+  lost: "답을 받지 못했습니다.", cut: "답이 여기서 멈췄습니다.", cutBefore: "답하기 전에 멈췄습니다.",
+  retryIn: "{seconds}초 뒤에 다시 보낼 수 있습니다.", noServer: "지금은 서버에 연결할 수 없습니다. 잠시 뒤에 다시 해 주세요.",
   renewed: "지난 대화가 만료되어 새 대화로 이어 갑니다.", gone: "지난 대화가 지워졌거나 만료되어 새 대화로 이어 갑니다.",
   erased: "대화를 모두 지웠습니다.", erasedElsewhere: "다른 창에서 대화를 모두 지웠습니다.",
-  micRefused: "마이크가 허용되지 않았습니다. 브라우저 설정에서 허용하거나 글로 적어 주세요.", micMissing: "마이크를 찾지 못했습니다. 글로 적어 주세요.",
-  micFailed: "음성 인식이 되지 않습니다. 글로 적어 주세요.", micNetwork: "음성 인식에 연결하지 못했습니다. 글로 적어 주세요.",
-  notHeard: "잘 듣지 못했습니다. 다시 말하거나 글로 적어 주세요.", heardSoFar: "듣던 말을 아래에 적어 두었습니다. 이어서 적거나 보내 주세요.",
-  noVoice: "소리로 읽지 못했습니다. 글로 읽어 주세요.", noKorean: "이 기기에 한국어 목소리가 없어 글로만 답합니다.", noCamera: "카메라를 쓸 수 없습니다.",
-  nothingYet: "아직 나눈 대화가 없습니다.", file: "BeMore-대화-AI가-쓴-답", fileTop: "‘AI’의 답은 사람이 아니라 생성형 AI({model})가 쓴 것입니다.", me: "나",
+  micRefused: "마이크가 허용되지 않았습니다. 브라우저 설정에서 허용하거나 글로 적어 주세요.",
+  micMissing: "마이크를 찾지 못했습니다. 글로 적어 주세요.", micFailed: "음성 인식이 되지 않습니다. 글로 적어 주세요.",
+  micNetwork: "음성 인식에 연결하지 못했습니다. 글로 적어 주세요.", notHeard: "잘 듣지 못했습니다. 다시 말하거나 글로 적어 주세요.",
+  heardSoFar: "듣던 말을 아래에 적어 두었습니다. 이어서 적거나 보내 주세요.", noVoice: "소리로 읽지 못했습니다. 글로 읽어 주세요.",
+  noKorean: "이 기기에 한국어 목소리가 없어 글로만 답합니다.", noCamera: "카메라를 쓸 수 없습니다.",
+  nothingYet: "아직 나눈 대화가 없습니다.", file: "BeMore-대화-AI가-쓴-답", me: "나",
+  fileTop: "‘AI’의 답은 사람이 아니라 생성형 AI({model})가 쓴 것입니다.",
+  fileTopDemo: "‘AI’의 답은 사람이 아니라 컴퓨터가 미리 준비한 문장입니다.",
 };
 const EMOTIONS = {
   happy: "행복", sad: "슬픔", angry: "화남", anxious: "불안", neutral: "보통", surprised: "놀람", disgusted: "불쾌", fearful: "두려움",
@@ -183,11 +187,13 @@ function notice(name = "", sentence = name && text(name)) {
   $("notice").textContent = sentence;
 }
 
+const isDemo = () => document.body.dataset.answers === "demo";
+
 /** Who answers, and where words go: the server writes what is so into the body tag. */
 function showFacts() {
   const { answers = "gemini", model = "", keepDays: days = "0", noticeUrl = "" } = document.body.dataset;
   const sent = { demo: "sentDemo", gemini: "sentGemini", openai: "sentOpenai" }[answers];
-  $("who").textContent = text(answers === "demo" ? "whoDemo" : "whoModel");
+  $("who").textContent = text(isDemo() ? "whoDemo" : "whoModel");
   $("kept").textContent = text(days > 0 ? "keptDays" : "kept", { days });
   $("sent").textContent = [text(sent, { model }), Recognition && text("sentVoice")].filter(Boolean).join(" ");
   $("hint").textContent = text(Recognition ? "hintVoice" : "hintWrite");
@@ -218,63 +224,77 @@ function fitScreen() {
 
 // ---- Turns ----
 function addTurn(values) {
-  const turn = { messages: [], emotion: null, timestamp: 0, spoken: false, reply: "", phase: "waiting", problem: "", foreign: false, resent: 0, numbers: [], ...values };
+  const turn = {
+    messages: [], emotion: null, timestamp: 0, spoken: false, // what was asked
+    phase: "waiting", reply: "", problem: "", numbers: [], // what became of it; numbers: of helplines in the reply
+    foreign: false, // another tab or device asked
+    confirmed: false, // the server has read the request
+    inRequest: 0, replaced: 0, // messages in the last request, and in the one before it that it replaced
+    resent: 0,
+    ...values,
+  };
   turns.push(turn);
   drawTurn(turn);
   return turn;
 }
 
+function makeParts() {
+  const [element, mine, theirs] = [make("li", "turn"), make("div", "own"), make("div", "theirs")];
+  const [label, words, calls, note] = ["label", "words", "calls", "note row"].map((name) => make("p", name));
+  theirs.append(label, words);
+  element.append(mine, theirs, calls, note);
+  $("turns").append(element);
+  return { element, mine, theirs, label, words, calls, note };
+}
+
 function drawTurn(turn) {
-  if (!turn.element) {
-    turn.element = make("li", "turn");
-    turn.mine = make("div", "own");
-    [turn.theirs, turn.label, turn.words] = [make("div", "theirs"), make("p", "label"), make("p", "words")];
-    [turn.calls, turn.note] = [make("p", "calls"), make("p", "note row")];
-    turn.theirs.append(turn.label, turn.words);
-    turn.element.append(turn.mine, turn.theirs, turn.calls, turn.note);
-    $("turns").append(turn.element);
-  }
+  turn.parts ??= makeParts();
   drawMine(turn);
   drawReply(turn);
   drawNote(turn);
   follow();
 }
 
-function drawMine({ mine, messages, emotion }) {
+function drawMine({ parts: { mine }, messages, emotion }) {
   while (mine.children.length < messages.length) mine.append(ownWords(messages[mine.children.length]));
   while (mine.children.length > messages.length) mine.lastChild.remove();
   mine.querySelector(".badge")?.remove();
-  if (EMOTIONS[emotion] && mine.firstChild) mine.firstChild.prepend(make("span", "badge", EMOTIONS[emotion]));
+  if (mine.firstChild) addBadge(mine.firstChild, emotion);
+}
+
+function addBadge(bubble, emotion) {
+  if (EMOTIONS[emotion]) bubble.prepend(make("span", "badge", EMOTIONS[emotion]));
 }
 
 function ownWords(words) {
   const bubble = make("div", "mine");
   bubble.append(make("p", "words", words));
-  if (words.length > FOLD_CHARACTERS || words.split("\n").length > FOLD_LINES) {
-    const button = make("button", "", "", { type: "button", onclick: () => fold(!bubble.classList.contains("folded")) });
-    const fold = (on) => {
-      bubble.classList.toggle("folded", on);
-      button.ariaExpanded = String(!on);
-      button.textContent = text(on ? "unfold" : "fold");
-    };
-    fold(true);
-    bubble.append(button);
-  }
+  if (words.length <= FOLD_CHARACTERS && words.split("\n").length <= FOLD_LINES) return bubble;
+  const button = make("button", "", "", { type: "button" });
+  button.onclick = () => {
+    const folded = bubble.classList.toggle("folded");
+    button.ariaExpanded = String(!folded);
+    button.textContent = text(folded ? "unfold" : "fold");
+  };
+  button.onclick();
+  bubble.append(button);
   return bubble;
 }
 
 function drawReply(turn) {
+  const { theirs, label, words, calls } = turn.parts;
   const coming = turn.phase === "asked" || turn.phase === "streaming";
-  turn.theirs.hidden = !coming && !turn.reply;
-  turn.label.textContent = text(coming ? "generating" : document.body.dataset.answers === "demo" ? "replyDemo" : "reply");
-  turn.label.classList.toggle("coming", coming);
-  turn.words.hidden = !turn.reply;
-  turn.words.replaceChildren(...withLinks(shown(turn.reply)));
+  theirs.hidden = !coming && !turn.reply;
+  label.textContent = text(coming ? "generating" : isDemo() ? "replyDemo" : "reply");
+  label.classList.toggle("coming", coming);
+  words.hidden = !turn.reply;
+  words.replaceChildren(...withLinks(shown(turn.reply)));
   const numbers = [...new Set([...turn.numbers, ...numbersIn(turn.reply)])];
   if (numbers.length === turn.numbers.length) return;
   turn.numbers = numbers; // which stay for as long as the turn does
   const link = (scheme, name, number) => make("a", "", text(name, { number }), { href: `${scheme}:${number.replace("-", "")}` });
-  turn.calls.replaceChildren(...numbers.flatMap((number) => [link("tel", "call", number), ...(number === "109" ? [link("sms", "text", number)] : [])]));
+  const texted = (number) => (number === "109" ? [link("sms", "text", number)] : []);
+  calls.replaceChildren(...numbers.flatMap((number) => [link("tel", "call", number), ...texted(number)]));
 }
 
 /** Return a reply's words as nodes, in which the numbers of helplines are links. */
@@ -285,19 +305,22 @@ function withLinks(words) {
 
 /** Say beside a turn why no reply, or not all of it, is there, and offer to ask again. */
 function drawNote(turn) {
+  const { note } = turn.parts;
   const waits = turn.phase === "waiting" && !turn.foreign;
-  const sentence = waits ? text(connection === "connected" ? "waitsTurn" : "waitsConnection") : turn.problem;
-  turn.note.hidden = !sentence || (waits && connection === "connected" && turns.find(isOpen) === turn);
-  turn.note.classList.toggle("waits", waits);
-  if (turn.note.dataset.sentence === sentence) return;
-  turn.note.dataset.sentence = sentence;
-  turn.note.replaceChildren(make("span", "", sentence));
-  if (sentence && !waits && !turn.foreign) turn.note.append(make("button", "again", text("again"), { type: "button", onclick: () => askAgain(turn) }));
+  const isNext = connection === "connected" && turns.find(isOpen) === turn;
+  const reason = connection === "connected" ? "waitsTurn" : "waitsConnection";
+  const sentence = waits ? (isNext ? "" : text(reason)) : turn.problem;
+  note.hidden = !sentence;
+  note.classList.toggle("waits", waits);
+  if (note.dataset.sentence === sentence) return;
+  note.dataset.sentence = sentence;
+  note.replaceChildren(make("span", "", sentence));
+  if (sentence && !waits && !turn.foreign) note.append(make("button", "again", text("again"), { type: "button", onclick: () => askAgain(turn) }));
 }
 
 function removeTurn(turn) {
   turns = turns.filter((other) => other !== turn);
-  turn.element.remove();
+  turn.parts.element.remove();
 }
 
 const leaveAfter = (element, ms) => setTimeout(() => element.classList.add("left"), ms);
@@ -311,7 +334,7 @@ function showStored(conversations) {
   const isNew = ({ timestamp }) => !onPage.some((turn) => turn.timestamp === timestamp);
   turns = [];
   conversations.filter(isNew).forEach((stored) => addTurn(storedTurn(stored)));
-  $("turns").prepend(...turns.map(({ element }) => element));
+  $("turns").prepend(...turns.map(({ parts }) => parts.element));
   turns.push(...onPage);
   follow(true);
   showState();
@@ -338,7 +361,7 @@ async function api(method, url) {
   }
 }
 
-/** Take up the session of the last visit or of another tab, or make one; return the milliseconds to wait where that fails. */
+/** Take up the session of the last visit or of another tab, or make one. Return 0, or the milliseconds to wait. */
 async function openSession() {
   const known = memory.get("session");
   if (typeof known?.id === "string" && known.id !== refusedId) {
@@ -496,7 +519,7 @@ function ask(words, { spoken = false } = {}) {
   Object.assign(turn, { emotion: emotion ?? turn.emotion, spoken: turn.spoken || spoken, confirmed: false });
   drawTurn(turn);
   follow(true);
-  leaveAfter(turn.mine, SAID_MS);
+  leaveAfter(turn.parts.mine, SAID_MS);
   if (turn.phase === "asked") sendTurn(turn);
   else sendNext();
   savePending();
@@ -549,7 +572,7 @@ function stop() {
 }
 
 function askAgain(turn) {
-  if (turn.reply) turn.note.querySelector("button").remove();
+  if (turn.reply) turn.parts.note.querySelector("button").remove();
   else removeTurn(turn);
   const { messages, emotion, spoken } = turn;
   addTurn({ messages, emotion, spoken, timestamp: Date.now() });
@@ -578,7 +601,7 @@ function receive({ type, data, seq, code, interrupted, token, retry_after_ms: re
 }
 
 function beginReply(turn) {
-  turn.reply = "";
+  Object.assign(turn, { reply: "", confirmed: true });
   if (turn.phase !== "stopping") turn.phase = "streaming";
   drawTurn(turn);
   showState();
@@ -619,14 +642,13 @@ function endReplaced(turn) {
 
 function failReply(turn, code, sentence, retryAfter) {
   if (!turn) return notice("", sentence);
-  if (turn.replaced && turn.phase !== "stopping") return endReplaced(turn);
   if (code === "session_expired" && !turn.renewed) {
     Object.assign(turn, { renewed: true, phase: "waiting" });
     return giveUpSession("gone");
   }
   const words = sentence.replace(/[^.]$/, "$&.");
   const wait = retryAfter ? ` ${text("retryIn", { seconds: Math.ceil(retryAfter / 1000) })}` : "";
-  if (/long|invalid|empty/.test(code) && !$("field").value) writeDraft(turn.messages.join("\n")); // to be changed by the person
+  if (/long|invalid|empty/.test(code) && !$("field").value) writeDraft(turn.messages.join("\n"));
   endTurn(turn, "failed", words + wait);
 }
 
@@ -639,7 +661,7 @@ function endTurn(turn, phase, problem = "") {
   drawTurn(turn);
   if (voice.turn === turn) voice.finish();
   else {
-    leaveAfter(turn.theirs, READING_MS + READING_MS_A_CHARACTER * turn.reply.length);
+    leaveAfter(turn.parts.theirs, READING_MS + READING_MS_A_CHARACTER * turn.reply.length);
     $("announcer").textContent = problem || aloud(turn.reply); // to a screen reader: once, and whole
   }
   savePending();
@@ -679,8 +701,7 @@ function resend(turn) {
 
 /** Words that have no reply yet survive a reload, in this tab alone. */
 function savePending() {
-  const pending = turns.filter((turn) => isOpen(turn) && !turn.foreign);
-  const kept = pending.map(({ messages, emotion, timestamp, spoken, phase, resent, confirmed }) => ({ messages, emotion, timestamp, spoken, phase, resent, confirmed }));
+  const kept = turns.filter((turn) => isOpen(turn) && !turn.foreign).map(({ parts, ...turn }) => ({ ...turn, reply: "", numbers: [] }));
   memory.set("pending", kept.length ? { id: session?.id, kept } : null, "sessionStorage");
   memory.set("seq", endedSeq, "sessionStorage");
 }
@@ -705,7 +726,7 @@ function overhear({ data: { id, asked, erased } }) {
   showState();
 }
 
-/** A reply came that no open turn waited for, as another device asked: its words are in what is stored. */
+/** A reply came that no open turn waited for, perhaps as another device asked: its words are in what is stored. */
 async function completeForeign(turn) {
   if (turn.messages.length) return;
   const { body } = await api("GET", path("api/sessions", "/conversations?limit=1"));
@@ -755,7 +776,7 @@ const voice = {
     if (this.utterance) return;
     if (this.sentences.length) this.say(this.sentences.shift());
     else if (this.finished) {
-      leaveAfter(this.turn.theirs, AFTER_VOICE_MS);
+      leaveAfter(this.turn.parts.theirs, AFTER_VOICE_MS);
       Object.assign(this, { busy: false, turn: null, spoke: false, finished: false });
     }
     showState();
@@ -838,7 +859,8 @@ function listen() {
 function startRecogniser() {
   const recogniser = Object.assign(new Recognition(), { lang: "ko-KR", interimResults: true, continuous: true });
   const guarded = (action) => (event) => recogniser === listener.recogniser && action(event);
-  recogniser.onresult = guarded(({ results }) => hear(Array.from(results, ({ 0: { transcript }, isFinal }) => ({ words: transcript, final: isFinal }))));
+  const readResult = ({ 0: { transcript }, isFinal }) => ({ words: transcript, final: isFinal });
+  recogniser.onresult = guarded(({ results }) => hear(Array.from(results, readResult)));
   recogniser.onerror = guarded(({ error }) => (listener.problem = MICROPHONE_ERRORS[error] ?? ""));
   recogniser.onend = guarded(recogniserEnded);
   Object.assign(listener, { recogniser, since: Date.now() });
@@ -919,11 +941,11 @@ function writeDraft(words) {
 }
 
 function submit(event) {
-  event?.preventDefault();
+  event.preventDefault();
+  if (listener.phase !== "off") stopListening();
   const words = $("field").value.trim();
   if (!words) return;
   writeDraft("");
-  if (listener.phase !== "off") leaveListener();
   ask(words);
 }
 
@@ -951,9 +973,11 @@ async function useCamera(on) {
 }
 
 // ---- Conversations of the past ----
+const clearPast = () => [...$("past").children].slice(1).forEach((item) => item.remove());
+
 async function openHistory() {
   confirmErasing(false);
-  for (const item of [...$("past").children].slice(1)) item.remove();
+  clearPast();
   $("history").showModal();
   await loadPast();
   $("past").scrollTop = $("past").scrollHeight;
@@ -976,9 +1000,9 @@ async function pastTurns(limit, before = "") {
 
 function pastElement({ user_message: mine, ai_response: theirs, emotion, created_at: when }) {
   const item = make("li", "turn");
-  item.append(make("time", "", localTime(when), { dateTime: when }), ownWords(mine));
-  item.lastChild.prepend(...(EMOTIONS[emotion] ? [make("span", "badge", EMOTIONS[emotion])] : []));
-  item.append(make("p", "theirs words", shown(theirs)));
+  item.append(make("time", "", localTime(when), { dateTime: when }), ownWords(mine), make("p", "theirs words"));
+  item.lastChild.append(...withLinks(shown(theirs)));
+  addBadge(item.children[1], emotion);
   return item;
 }
 
@@ -993,7 +1017,7 @@ async function download() {
     page = body.conversations;
     all.unshift(...page);
   }
-  const top = text("fileTop", { model: document.body.dataset.model || "AI" });
+  const top = text(isDemo() ? "fileTopDemo" : "fileTop", { model: document.body.dataset.model });
   const lines = all.map(({ user_message: mine, ai_response: theirs, created_at: when }) =>
     `[${localTime(when)}]\n${text("me")}: ${mine}\nAI: ${shown(theirs)}\n`);
   const url = URL.createObjectURL(new Blob([[`BeMore\n${top}\n`, ...lines].join("\n")], { type: "text/plain;charset=utf-8" }));
@@ -1026,7 +1050,8 @@ function beginAnew(name) {
   voice.stop();
   if (listener.phase !== "off") leaveListener();
   disconnect();
-  [...turns].forEach(removeTurn);
+  turns.forEach(removeTurn);
+  clearPast();
   savePending();
   writeDraft("");
   for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();

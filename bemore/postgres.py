@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any, Self
 
 import asyncpg
@@ -30,7 +29,7 @@ logger = logging.getLogger("bemore_voice")
 MIN_CONNECTIONS, MAX_CONNECTIONS = 5, 20
 # A NAT or a load balancer may have dropped a connection that was idle for longer. It has to answer a probe first.
 IDLE_SECONDS, PROBE_SECONDS = 30, 0.5
-CROWD_SECONDS = 0.1  # that a statement waits before the pool grows for it
+CROWD_SECONDS = 0.25  # that a statement waits before the pool grows for it
 CACHED_STATEMENTS = 50  # more than there are
 CLOSE_SECONDS = 2
 START_SECONDS, RETRY_SECONDS = 30, 0.25  # for a server that starts at the same moment, or wakes
@@ -166,13 +165,13 @@ class Postgres(Storage):
     async def _run(self, sql: str, values: Sequence[object], *, create: bool) -> Sequence[Any]:
         assert self._pool is not None
         try:
-            async with asyncio.timeout(self._timeout), self._without_a_crowd():
-                connection = await self._acquire(self._pool)
+            async with asyncio.timeout(self._timeout):
+                entered = await self._enter()
                 try:
-                    rows: Sequence[Any] = await connection.fetch(self._spell(sql, create), *values)
+                    return await self._fetch(self._pool, self._spell(sql, create), values)
                 finally:
-                    self._release_later(connection)
-                return rows
+                    if entered:
+                        self._few.release()
         except asyncpg.ForeignKeyViolationError:
             raise UnknownSession from None
         except (asyncpg.InsufficientPrivilegeError, asyncpg.NotNullViolationError) as error:
@@ -183,21 +182,25 @@ class Postgres(Storage):
                 self._doubted_at = time.monotonic()
             raise Unavailable(f"database: {type(error).__name__}") from None
 
-    @asynccontextmanager
-    async def _without_a_crowd(self) -> AsyncIterator[None]:
+    async def _enter(self) -> bool:
         """Wait for a moment while as many statements run as the pool has connections at least.
 
         In a burst most of them take less time than opening a connection, which asyncpg would do for each at once.
         """
-        entered = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CROWD_SECONDS):
-                entered = await self._few.acquire()
+                return await self._few.acquire()
+        return False
+
+    async def _fetch(self, pool: asyncpg.Pool, sql: str, values: Sequence[object]) -> Sequence[Any]:
+        connection = await self._acquire(pool)
         try:
-            yield
-        finally:
-            if entered:
-                self._few.release()
+            rows: Sequence[Any] = await connection.fetch(sql, *values)
+        except BaseException:
+            self._release_later(connection)
+            raise
+        await pool.release(connection)
+        return rows
 
     async def _acquire(self, pool: asyncpg.Pool) -> Any:
         while True:

@@ -1,4 +1,4 @@
-"""Storage in an SQLite file: one connection in aiosqlite's thread, and one call into it for each operation."""
+"""Storage in an SQLite file: one connection, in aiosqlite's thread."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import logging
 import os
 import re
 import sqlite3
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -98,15 +98,33 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def run(db: sqlite3.Connection, sql: str, named: Mapping[str, object], create: bool, deadline: float) -> list[Any]:
-    """Run a statement that still has time left; another one before it may have waited for a lock."""
-    if time.monotonic() > deadline:
-        raise TimeoutError
-    if not create:
-        return db.execute(sql, named).fetchall()
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A statement that waits for the thread. One that was given up is not begun."""
+
+    sql: str
+    named: Mapping[str, object]
+    create: bool
+    done: asyncio.Future[list[Any]]
+
+
+def run_all(db: sqlite3.Connection, jobs: Sequence[Job]) -> list[list[Any] | Exception]:
+    """Run statements one after another, each for itself; return the rows of each, or what it failed by."""
+    outcomes: list[list[Any] | Exception] = []
+    for job in jobs:
+        try:
+            outcomes.append([] if job.done.cancelled() else run(db, job))
+        except Exception as error:
+            outcomes.append(error)
+    return outcomes
+
+
+def run(db: sqlite3.Connection, job: Job) -> list[Any]:
+    if not job.create:
+        return db.execute(job.sql, job.named).fetchall()
     with transaction(db):
-        db.execute(CREATE_SESSION, {"1": named["1"]})
-        return db.execute(sql, named).fetchall()
+        db.execute(CREATE_SESSION, {"1": job.named["1"]})
+        return db.execute(job.sql, job.named).fetchall()
 
 
 def empty_log(db: sqlite3.Connection, timeout: float) -> bool:
@@ -129,6 +147,8 @@ class SQLite(Storage):
         self._timeout = timeout  # seconds for one statement
         self._db: sqlite3.Connection | None = None
         self._thread: aiosqlite.Connection | None = None
+        self._waiting: list[Job] = []
+        self._worker: asyncio.Task[None] | None = None
         self.description = f"SQLite {self._path}"
 
     async def __aenter__(self) -> Self:
@@ -168,11 +188,13 @@ class SQLite(Storage):
     async def _run(self, sql: str, values: Sequence[object], *, create: bool) -> Sequence[Any]:
         # Values are bound by name: Python 3.14 refuses to bind $1 by position.
         named = {str(position): value for position, value in enumerate(values, start=1)}
-        deadline = time.monotonic() + self._timeout
+        job = Job(spelled(sql), named, create, asyncio.get_running_loop().create_future())
+        self._waiting.append(job)
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work())
         try:
             async with asyncio.timeout(self._timeout):
-                rows: list[Any] = await self._call(run, spelled(sql), named, create, deadline)
-                return rows
+                return await job.done
         except TimeoutError:
             raise Unavailable("database: DATABASE_TIMEOUT_SECONDS passed") from None
         except sqlite3.Error as error:
@@ -180,6 +202,23 @@ class SQLite(Storage):
             if name == "SQLITE_CONSTRAINT_FOREIGNKEY":
                 raise UnknownSession from None
             raise Unavailable(f"database: {name}") from None
+
+    async def _work(self) -> None:
+        """Hand all statements that wait to the thread in one call, until none waits.
+
+        A call for each would compete with the event loop for the interpreter's lock each time, which fifty people who
+        speak in one moment would notice.
+        """
+        try:
+            while self._waiting:
+                jobs, self._waiting = self._waiting, []
+                for job, outcome in zip(jobs, await self._call(run_all, jobs), strict=True):
+                    if not job.done.done() and isinstance(outcome, Exception):
+                        job.done.set_exception(outcome)
+                    elif not job.done.done():
+                        job.done.set_result(outcome)
+        finally:
+            self._worker = None
 
     async def delete_session(self, session_id: str) -> None:
         """Erase a session from the file too: its pages are overwritten, and the write-ahead log is emptied."""

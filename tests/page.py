@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import pytest_asyncio
@@ -40,6 +40,8 @@ FONTS = """\
   <cachedir>{cache}</cachedir>
 </fontconfig>
 """
+NANUM = Path("/usr/share/fonts/truetype/nanum")
+FONTS_FOLDER = NANUM if NANUM.is_dir() else "/usr/share/fonts"
 PHONE = {"width": 390, "height": 844}
 START = 1_800_000_000  # where a page's clock stands still, in seconds since the epoch
 
@@ -53,9 +55,8 @@ async def running_browser(folder: Path) -> AsyncIterator[Browser]:
     if program is None:
         assert not os.environ.get("CI"), "chromium is missing"
         pytest.skip("chromium is not installed")
-    nanum = Path("/usr/share/fonts/truetype/nanum")
     fonts = folder / "fonts.conf"
-    fonts.write_text(FONTS.format(fonts=nanum if nanum.is_dir() else "/usr/share/fonts", cache=folder))
+    fonts.write_text(FONTS.format(fonts=FONTS_FOLDER, cache=folder))
     environment: dict[str, str | float | bool] = {**os.environ, "FONTCONFIG_FILE": str(fonts)}
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=program, args=ARGUMENTS, env=environment)
@@ -75,6 +76,12 @@ async def site_fixture(counsellor: ScriptedCounsellor, tmp_path: Path) -> AsyncI
     settings = make_settings(f"sqlite:///{tmp_path}/test.db", MAX_AI_REQUESTS_PER_MINUTE=6000)
     async with serve(settings, counsellor) as running:
         yield running
+
+
+class Site(Protocol):
+    """What a visit needs of a server."""
+
+    address: tuple[str, int]
 
 
 class Visit:
@@ -164,6 +171,7 @@ class Visit:
 
     async def asked(self, count: int) -> list[str]:
         """Wait until so many requests were sent, and return their messages."""
+
         def requests() -> list[dict[str, Any]]:
             return [frame for frame in self.sent if frame["type"] == "request_ai_response"]
 
@@ -186,7 +194,7 @@ class Visit:
 @contextlib.asynccontextmanager
 async def visiting(
     browser: Browser,
-    site: Server,
+    site: Site,
     *,
     clock: bool = False,
     network_errors: bool = False,
@@ -212,7 +220,9 @@ async def visiting(
             yield visit
         finally:
             await context.close()
-    elsewhere = [url for url in visit.requests if not re.match(rf"(http|ws)://127.0.0.1:{visit.wire.port}/|data:|blob:", url)]
+    elsewhere = [
+        url for url in visit.requests if not re.match(rf"(http|ws)://127.0.0.1:{visit.wire.port}/|data:|blob:", url)
+    ]
     assert not elsewhere, elsewhere
     errors = [error for error in visit.errors if not (network_errors and re.search("ERR_|WebSocket|status of", error))]
     assert not errors, errors

@@ -49,9 +49,7 @@ def test_any_other_text_is_no_session_id(text: str) -> None:
         ("http://voice.example", "http://voice.example", False, True),
     ],
 )
-def test_pages_of_allowed_origins_and_the_servers_own_are_welcome(
-    origin: str | None, own: str, guarded: bool, welcome: bool
-) -> None:
+def test_allowed_and_own_origins_are_welcome(origin: str | None, own: str, guarded: bool, welcome: bool) -> None:
     assert is_welcome(origin, own, frozenset({APP}), guard_name=guarded) is welcome
 
 
@@ -72,7 +70,7 @@ def test_a_strangers_name_for_this_machine_is_told_from_its_own(host: str, own: 
     assert is_own_name(host, frozenset({APP})) is own
 
 
-def test_the_name_that_a_server_was_told_to_listen_on_is_its_own() -> None:
+def test_the_name_in_host_is_the_servers_own() -> None:
     assert is_own_name("mybox:8000", frozenset(), "MyBox")
     assert not is_own_name("evil.example:8000", frozenset(), "MyBox")
     assert not is_own_name("", frozenset(), "")
@@ -100,7 +98,7 @@ def test_a_host_is_loopback_by_what_it_resolves_to(host: str, loopback: bool) ->
     assert is_loopback(host) is loopback
 
 
-def test_a_name_of_which_one_address_is_reached_by_others_is_not_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_with_one_public_address_is_not_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(2, 1, 6, "", ("127.0.0.1", 0)), (2, 1, 6, "", ("192.0.2.1", 0))]
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: found)
     assert not is_loopback("both.example")
@@ -159,13 +157,13 @@ def test_any_other_token_is_not_the_sessions(token: str) -> None:
     assert fresh_token("가", token, [SECRET], ttl_seconds=100, now=0) == ""
 
 
-def test_after_a_rotation_tokens_of_the_old_secret_are_still_ours() -> None:
+def test_tokens_of_the_old_secret_are_still_ours() -> None:
     token = issue_token(SECRET, "가", 2**40)
     assert token_expiry("가", token, [SECRET[::-1], SECRET]) == 2**40
 
 
 @pytest.mark.parametrize(("left", "due"), [(101, False), (51, False), (50, False), (49, True), (-1, True)])
-def test_a_token_is_renewed_once_less_than_half_of_its_life_is_left(left: int, due: bool) -> None:
+def test_a_token_is_renewed_after_half_of_its_life(left: int, due: bool) -> None:
     token = issue_token(SECRET, "가", 1000 + left)
     fresh = fresh_token("가", token, [SECRET[::-1], SECRET], ttl_seconds=100, now=1000)
     assert bool(fresh) is due

@@ -120,6 +120,12 @@ def test_a_reply_out_of_tokens_is_whole_if_its_end_fails(action: Action) -> None
     assert plan.after(error(action), "네, 그", 15) is None
 
 
+def test_a_rest_that_runs_out_of_tokens_is_the_end() -> None:
+    plan = RetryPlan("Model", [MAIN])
+    assert plan.after(error(Action.RETRY), "네", 15) == 0
+    assert plan.after(RetryableError("tokens", Action.FAIL, sentence_open=True), "네, 그", 15) is None
+
+
 def test_the_texts_of_a_conversation_take_turns() -> None:
     prompt = Prompt("", "셋", [PastTurn(1, "하나", "둘")])
     assert conversation(prompt) == ["하나", "둘", "셋"]

@@ -67,7 +67,7 @@ HARMLESS_KINDS = {
     "distress": ["요즘 잠이 안 와요", "회사 가기 싫어요"],
     "grief": ["자살한 동생이 보고 싶어요", "엄마가 돌아가신 지 일 년 됐어요"],
     "a past that is over": ["예전에 자해했는데 지금은 괜찮아요"],
-    "a worry about somebody": ["죽고 싶다는 친구를 어떻게 도와줘야 해요", "자해하는 친구가 있어요"],
+    "a worry about a friend": ["죽고 싶다는 친구를 어떻게 도와줘야 해요", "자해하는 친구가 있어요"],
     "a victim": ["아빠가 칼 들고 죽여버린다고 해요", "오빠가 저를 죽인대요 살려주세요", "남편이 목을 졸랐어요"],
     "an intrusive thought": ["아기를 보면 던져버리고 싶은 생각이 들어요"],
 }
@@ -278,7 +278,7 @@ def test_bench_measures_every_message() -> None:
 
 
 @pytest.mark.parametrize("sentences", [FIRST, SHORT])
-def test_helpline_sentences_name_the_right_numbers_for_eye_and_ear(sentences: dict[Signal, str]) -> None:
+def test_sentences_name_the_right_numbers_for_eye_and_ear(sentences: dict[Signal, str]) -> None:
     numbers = {
         Signal.EXPLICIT: ("109", "119", "112", "문자"),
         Signal.INDIRECT: ("109", "문자"),
@@ -294,7 +294,7 @@ def test_helpline_sentences_name_the_right_numbers_for_eye_and_ear(sentences: di
 
 
 @pytest.mark.parametrize("text", [*FIRST.values(), *SHORT.values(), BLOCKED_REPLY, BLOCKED_SHORT])
-def test_prepared_texts_are_three_sentences_at_most_and_promise_nothing(text: str) -> None:
+def test_prepared_texts_are_short_and_promise_nothing(text: str) -> None:
     assert len(re.findall(r"[.?!](?:\s|$)", text)) <= 3
     assert "무료" not in text
     assert "화가" not in text

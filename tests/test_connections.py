@@ -83,7 +83,7 @@ async def test_a_connection_counts_from_acceptance_to_its_end() -> None:
         assert (await (await running.dial(REQUEST)).answer())[2] == b"False"
 
 
-async def test_below_the_limit_every_request_of_a_connection_is_served() -> None:
+async def test_below_the_limit_every_request_is_served() -> None:
     async with limited(max_connections=1) as running:
         peer = await running.dial(REQUEST * 2)
         assert [(await peer.answer())[2] for _ in range(2)] == [b"False"] * 2
@@ -200,12 +200,14 @@ async def test_subprotocols_are_not_logged(server: Server) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-async def test_a_mistake_behind_the_upgrade_writes_no_http_into_the_websocket(tmp_path: Path) -> None:
+async def test_a_bug_behind_the_upgrade_writes_no_http() -> None:
+    """Bytes of HTTP would break the WebSocket's frames."""
+
     async def broken(request: web.Request) -> web.StreamResponse:
         await web.WebSocketResponse().prepare(request)
         raise RuntimeError("hush")
 
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+    settings = make_settings()
     app = create_app(settings, make_storage(settings), Demo())
     app.router.add_get("/broken", broken)
     runner = make_runner(app)

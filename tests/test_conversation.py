@@ -45,6 +45,7 @@ class World:
         self.gap = self.random.choice([0, 0.02])
         self.now = 0.0
         self.numbers = itertools.count(1)
+        self.barge_in = self.random.random() < 0.2
         self.core = module.Conversation(
             FIRST,
             SHORT,
@@ -52,7 +53,7 @@ class World:
             gap=self.gap,
             interval=self.random.choice([self.gap, 2.5 * self.gap]),
             keep=KEEP,
-            barge_in=self.random.random() < 0.2,
+            barge_in=self.barge_in,
         )
         self.peers = Peers()
         self.turns: list[Any] = []
@@ -129,6 +130,9 @@ class World:
             texts.insert(0, frame.text)
         return "".join(texts)
 
+    def is_current(self, turn: Any) -> bool:
+        return turn.phase not in (self.module.Phase.WAITING, self.module.Phase.DONE)
+
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
 
@@ -159,7 +163,7 @@ class World:
             turn.failure = self.module.Failure(self.module.ErrorCode.EMPTY_MESSAGE)
         elif kind != "plain":
             turn.signal = kind
-        if self.core._barge_in and kind != "bad":
+        if self.barge_in and kind != "bad":
             self.note_withdrawn()
         self.turns.append(turn)
         self.urgent.add(self.now)
@@ -178,7 +182,7 @@ class World:
     def cancel(self) -> None:
         self.note_withdrawn()
         self.urgent.add(self.now)
-        current = self.core._current
+        current = next(filter(self.is_current, self.turns), None)
         self.perform(self.core.cancel(self.now))
         if current is not None:
             self.wait(2 * self.gap + EPSILON)
@@ -204,8 +208,8 @@ class World:
         elif self.chance(0.1):
             self.erased = True
             # What waits to be written is cancelled by the driver.
+            pending = [turn for kind, turn in self.reports if kind in ("admit", "store")]
             self.reports = [each for each in self.reports if each[0] == "pong"]
-            pending = list(self.core._unreported)
             self.perform(self.core.erase(self.now))
             for turn in pending:
                 self.perform(
@@ -254,7 +258,7 @@ class World:
             self.reports.append(("model", turn))
         elif draw < 0.9:
             self.perform(self.core.streamed(turn, self.now))
-        elif turn is self.core._current:
+        elif self.is_current(turn):
             self.perform(self.core.failed(turn, self.module.Failure(self.module.ErrorCode.AI_UNAVAILABLE), self.now))
 
     # The end of a life
@@ -509,7 +513,7 @@ def test_a_cancel_ends_the_reply_and_drops_what_waits() -> None:
     assert (turn.reply.said, talk.count(Store), talk.count(Stop)) == (["가"], 1, 1)
 
 
-def test_a_cancel_before_the_first_text_sends_one_frame_and_stores_nothing() -> None:
+def test_a_cancel_before_the_first_text_stores_nothing() -> None:
     talk = Talk()
     turn = talk.admit(talk.ask())
     talk.do(talk.core.cancel(talk.now))
@@ -519,7 +523,7 @@ def test_a_cancel_before_the_first_text_sends_one_frame_and_stores_nothing() -> 
     assert talk.frames() == []
 
 
-def test_a_begin_that_was_sent_is_followed_by_its_chunk_before_a_cancel() -> None:
+def test_a_begin_is_followed_by_its_chunk_before_a_cancel() -> None:
     talk = Talk()
     talk.stream(talk.admit(talk.ask()), "가", "나")
     talk.do(talk.core.cancel(talk.now))
@@ -547,7 +551,7 @@ def test_a_signal_gets_its_sentence_before_the_database_answers(signal: str) -> 
     assert (turn.phase, talk.count(Mark), turn.detected_by) == (Phase.ADMITTING, 1, "words")
 
 
-def test_an_explicit_signal_interrupts_and_an_indirect_one_waits() -> None:
+def test_an_explicit_signal_interrupts_an_indirect_one_waits() -> None:
     talk = Talk()
     talk.stream(talk.admit(talk.ask()), "가")
     talk.wait(GAP)
@@ -559,7 +563,7 @@ def test_an_explicit_signal_interrupts_and_an_indirect_one_waits() -> None:
     assert (waiting.phase, indirect.phase) == (Phase.WAITING, Phase.WAITING)
 
 
-def test_a_sentence_is_said_again_in_its_short_form_at_the_third_turn() -> None:
+def test_a_sentence_is_said_again_short_at_the_third_turn() -> None:
     talk = Talk()
     for _ in range(6):
         talk.finish(talk.stream(talk.admit(talk.ask(signal="explicit")), "네"))
@@ -610,7 +614,7 @@ def test_a_refused_signal_gets_its_sentence_and_no_row(refusal: ErrorCode) -> No
     assert (talk.frames(), talk.count(Store)) == (["begin", FIRST["explicit"], "interrupted"], 0)
 
 
-def test_a_refused_request_gets_an_error_that_only_its_asker_sees() -> None:
+def test_a_refusal_is_seen_by_its_asker_alone() -> None:
     talk = Talk("page", "tab")
     talk.fail(talk.ask(), ErrorCode.RATE_LIMITED)
     assert (talk.frames(), talk.frames("tab")) == (["error"], [])
@@ -653,7 +657,7 @@ def test_a_stop_lets_the_reply_end_and_refuses_all_but_signals() -> None:
     assert {waiting.phase, late.phase, turn.phase} == {Phase.DONE}
 
 
-def test_an_erased_session_stores_nothing_and_refuses_what_comes() -> None:
+def test_an_erased_session_stores_nothing_and_refuses() -> None:
     talk = Talk()
     turn = talk.stream(talk.admit(talk.ask()), "가")
     talk.do(talk.core.erase(talk.now))

@@ -4,13 +4,12 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from playwright.async_api import Page, async_playwright
-from support import SECRET, ScriptedCounsellor, make_settings, serve
+from support import SECRET, Serving
 
 CALL = """
 async ([url, method, token]) => {
@@ -74,15 +73,9 @@ async def opened(origin: str) -> AsyncIterator[Page]:
         await browser.close()
 
 
-async def test_a_frontend_of_an_allowed_origin_calls_every_route(tmp_path: Path) -> None:
+async def test_a_frontend_of_an_allowed_origin_calls_every_route(serving: Serving) -> None:
     async with another_origin() as origin, opened(origin) as page:
-        settings = make_settings(
-            f"sqlite:///{tmp_path}/a.db",
-            ALLOWED_ORIGINS=origin,
-            JWT_SECRET_KEY=SECRET,
-            MAX_NEW_SESSIONS_PER_MINUTE=1,
-        )
-        async with serve(settings, ScriptedCounsellor()) as server:
+        async with serving(ALLOWED_ORIGINS=origin, JWT_SECRET_KEY=SECRET, MAX_NEW_SESSIONS_PER_MINUTE=1) as server:
 
             async def call(path: str, method: str = "GET", token: str = "") -> dict[str, Any]:
                 answer: dict[str, Any] = await page.evaluate(CALL, [server.url + path, method, token])
@@ -101,10 +94,9 @@ async def test_a_frontend_of_an_allowed_origin_calls_every_route(tmp_path: Path)
             assert (await call(f"/api/sessions/{session_id}", "DELETE", token))["status"] == 204
 
 
-async def test_a_page_of_any_other_origin_is_refused_by_the_browser(tmp_path: Path) -> None:
+async def test_a_page_of_any_other_origin_is_refused_by_the_browser(serving: Serving) -> None:
     async with another_origin() as origin, opened(origin) as page:
-        settings = make_settings(f"sqlite:///{tmp_path}/a.db", ALLOWED_ORIGINS="https://app.example")
-        async with serve(settings, ScriptedCounsellor()) as server:
+        async with serving(ALLOWED_ORIGINS="https://app.example") as server:
             for path, method in (("/api/sessions", "POST"), ("/health", "GET")):
                 answer = await page.evaluate(CALL, [server.url + path, method, ""])
                 assert answer == {"failed": "TypeError: Failed to fetch"}

@@ -50,14 +50,15 @@ def test_the_schema_is_taken_out_of_the_url(query: str, schema: str, rest: str) 
     assert (read.schema, read.for_asyncpg.partition("?")[2]) == (schema, rest)
 
 
-def test_unknown_parameters_are_named_unless_they_may_be_part_of_a_password() -> None:
+def test_unknown_parameters_are_named_but_no_password() -> None:
+    """A name is left out where it may be part of a password."""
     assert parse_database_url("postgresql://h/d?sslmod=require&foo=1").unknown == ("foo", "sslmod")
     assert parse_database_url("postgresql://h/d?password=hush&more=1").unknown == ()
 
 
 @pytest.mark.parametrize("sign", "/?#@[]")
 @pytest.mark.parametrize("form", ["hu{}sh", "{}hush", "hush{}", "hu@{}sh", "12{}34"])
-def test_a_password_that_is_not_encoded_is_refused_and_not_quoted(sign: str, form: str) -> None:
+def test_an_unencoded_password_is_refused_and_not_quoted(sign: str, form: str) -> None:
     password = form.format(sign)
     with pytest.raises(CannotStart, match="percent-encod") as caught:
         parse_database_url(f"postgresql://me:{password}@db.example:5432/app?sslmode=require")

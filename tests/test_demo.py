@@ -24,7 +24,8 @@ def test_later_replies_vary_and_omit_the_notice(emotion: Emotion | None, kinds: 
     assert not any("체험용" in reply for reply in later)
 
 
-def test_replies_at_risk_vary_name_no_number_and_say_that_they_are_canned() -> None:
+def test_replies_at_risk_vary_and_name_no_number() -> None:
+    """They also say that they are canned."""
     replies = [demo_reply(Prompt("", "네", [PastTurn(number, "", "")], at_risk=True)) for number in range(4)]
     assert set(replies) == set(RISK_REPLIES)
     for reply in replies:
@@ -39,7 +40,7 @@ def test_reply_never_repeats_the_message(message: str) -> None:
 
 @pytest.mark.parametrize("emotion", [None, *Emotion])
 @pytest.mark.parametrize("at_risk", [False, True])
-async def test_reply_is_streamed_in_words_within_two_and_a_half_seconds(
+async def test_reply_is_streamed_in_words_within_its_time(
     emotion: Emotion | None, at_risk: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []

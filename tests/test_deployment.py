@@ -159,7 +159,7 @@ def test_nothing_private_gets_into_the_image(path: str) -> None:
     assert is_ignored(path)
 
 
-def test_nobody_in_the_container_is_root() -> None:
+def test_container_does_not_run_as_root() -> None:
     users = [rest for name, rest in instructions() if name == "USER"]
     assert len(users) == 1
     assert int(users[0]) > 0, "a number: Kubernetes' runAsNonRoot wants one"
@@ -198,7 +198,7 @@ async def test_compose_file_is_valid(tmp_path: Path) -> None:
     assert status == 0, told
 
 
-def test_compose_starts_the_server_on_the_database_that_it_makes() -> None:
+def test_compose_starts_the_server_on_its_own_database() -> None:
     services = yaml.safe_load(text_of_file("compose.yaml"))["services"]
     voice, postgres = services["voice"], services["postgres"]
     made = postgres["environment"]

@@ -66,6 +66,13 @@ def test_any_cut_of_any_writing_gives_the_same_text(kind: str, texts: list[str],
     assert read(kind, cuts(data, rewritten(data, events))) == (whole, "whole")
 
 
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_an_event_of_several_lines_is_read_byte_by_byte(line_end: bytes) -> None:
+    lines = json.dumps(content("gemini", "가😥"), indent=1, ensure_ascii=False).encode().split(b"\n")
+    stream = b"".join(b"data: " + line + line_end for line in lines) + line_end + event("네.", "STOP")
+    assert read("gemini", [bytes([byte]) for byte in stream]) == ("가😥네.", "whole")
+
+
 @pytest.mark.parametrize("kind", READERS)
 @given(text=st.text(max_size=8), data=st.data())
 def test_halves_of_a_character_in_two_events_are_joined(kind: str, text: str, data: st.DataObject) -> None:

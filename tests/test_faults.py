@@ -220,38 +220,6 @@ async def test_postgres_lost_during_a_reply_loses_nothing(
         assert [row[:2] for row in await server.rows()] == [("하나", "가나"), ("둘", "들은 말: 둘")]
 
 
-async def test_postgres_away_costs_requests_and_no_socket(
-    serving: Serving, postgres_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with wired(serving, postgres_url) as (wire, _, client):
-        await client.ask()
-        await client.reply()
-        wire.down = True
-        assert wire.cut()
-        for _ in range(3):
-            await client.ask()
-            (frame,) = await client.reply()
-            assert frame["code"] == "ai_unavailable"
-        assert wire.refused
-        wire.down = False
-        await client.ask()
-        assert kinds_of(await client.reply())[-1] == "complete"
-        assert "database: " in caplog.text
-
-
-async def test_postgres_that_answers_nothing_is_given_up(serving: Serving, postgres_url: str) -> None:
-    async with wired(serving, postgres_url, DATABASE_TIMEOUT_SECONDS=0.5) as (wire, _, client):
-        wire.freeze()
-        async with asyncio.timeout(5):
-            await client.ask()
-            (frame,) = await client.reply()
-        assert frame["code"] == "ai_unavailable"
-        assert wire.withheld
-        wire.cut()
-        await client.ask()
-        assert kinds_of(await client.reply())[-1] == "complete"
-
-
 async def test_postgres_restart_needs_no_restart_of_the_server(
     serving: Serving, counsellor: ScriptedCounsellor, postgres_url: str, restart_postgres: Callable[[], None]
 ) -> None:

@@ -72,17 +72,6 @@ async def failure_of(model: Gemini) -> tuple[list[str], Failed]:
     return [str(text) for text in texts], caught.value
 
 
-async def leave_after(model: Gemini, number: int) -> list[str]:
-    """Read so many pieces of a reply and leave it, as by a cancel; return them."""
-    texts: list[str | Notice] = []
-    reading = asyncio.create_task(model.reply(PROMPT, texts.append))
-    await until(lambda: len(texts) == number)
-    reading.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reading
-    return [str(text) for text in texts]
-
-
 async def test_the_request_is_what_the_interface_takes(gemini: GeminiStandIn, model: Gemini) -> None:
     assert "".join(await read(model)) == "네, 듣고 있어요."
     (request,) = gemini.requests
@@ -233,17 +222,6 @@ async def test_a_failure_that_may_pass_is_retried(gemini: GeminiStandIn, model: 
     assert len(gemini.requests) == 2
 
 
-async def test_a_busy_hour_is_waited_for(gemini: GeminiStandIn) -> None:
-    """The pauses between the requests grow until the time for the first text is used up."""
-    gemini.default = status(503)
-    began = time.monotonic()
-    async with client_for(gemini.url, first_chunk_timeout=2) as model:
-        _, failure = await failure_of(model)
-    assert 1.5 < time.monotonic() - began < 2.5
-    assert failure.cause.startswith("Gemini: status 503, attempt ")
-    assert 3 < len(gemini.requests) < 10
-
-
 async def test_a_refused_connection_is_retried_and_fails() -> None:
     async with client_for("http://127.0.0.1:9", first_chunk_timeout=1) as model:
         _, failure = await failure_of(model)
@@ -256,13 +234,13 @@ async def test_a_refused_connection_is_retried_and_fails() -> None:
 
 @pytest.mark.parametrize(
     "busy",
-    [status(429, Retry_After="1"), refusal(429, retryDelay="1.2s"), refusal(503, "Please retry in 1.1s.")],
+    [status(429, Retry_After="0.6"), refusal(429, retryDelay="0.7s"), refusal(503, "Please retry in 0.8s.")],
 )
 async def test_a_pause_that_is_asked_for_is_kept(gemini: GeminiStandIn, model: Gemini, busy: Answer) -> None:
     gemini.answers.append(busy)
     began = time.monotonic()
     await read(model)
-    assert time.monotonic() - began >= 1
+    assert time.monotonic() - began >= 0.6
     assert len(gemini.requests) == 2
 
 
@@ -388,7 +366,7 @@ async def test_a_reply_that_speaks_for_too_long_is_cut_and_completes(gemini: Gem
         await until(lambda: gemini.ended == 1)
 
 
-async def test_the_rest_of_a_reply_comes_within_the_time_for_all_of_it(gemini: GeminiStandIn) -> None:
+async def test_the_rest_of_a_reply_comes_within_its_time(gemini: GeminiStandIn) -> None:
     gemini.answers.extend([stream(event("가")), silent_after()])
     async with client_for(gemini.url, reply_timeout=0.5) as model:
         _, failure = await failure_of(model)
@@ -399,7 +377,8 @@ async def test_a_finish_reason_ends_a_reply_whose_stream_stays_open(gemini: Gemi
     gemini.answers.append(silent_after(event("가", "STOP")))
     began = time.monotonic()
     assert await read(model) == ["가"]
-    assert 0.4 < time.monotonic() - began < 5
+    # Not after CHUNK_TIMEOUT_SECONDS.
+    assert time.monotonic() - began < 5
     gemini.answers.append(silent_after(event("가"), event(finish="SAFETY")))
     with pytest.raises(Blocked):
         await read(model)
@@ -431,7 +410,7 @@ async def test_text_after_an_early_finish_reason_belongs_to_the_reply(gemini: Ge
         await response.prepare(request)
         for text in ("가", "나", "다"):
             await response.write(event(text, "STOP"))
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.05)
         return response
 
     gemini.answers.append(translating)
@@ -495,18 +474,6 @@ async def test_a_reply_that_ran_out_of_tokens_gets_a_short_end(gemini: GeminiSta
             assert "".join(await read(hurried)) == "네. 많이 힘드셨"
 
 
-AGAIN = [answer for name, answer in CUTS.items() if "STOP" not in name]
-
-
-@pytest.mark.parametrize("again", [*AGAIN, status(503), silent_after()])
-async def test_a_reply_that_breaks_off_twice_fails(gemini: GeminiStandIn, again: Answer) -> None:
-    gemini.answers.extend([CUTS["ends"], again])
-    async with client_for(gemini.url, chunk_timeout=1, first_chunk_timeout=2) as model:
-        texts, _ = await failure_of(model)
-    assert "".join(texts) == "많이 힘드셨"  # and nothing twice
-    assert len(gemini.requests) == 2
-
-
 async def test_a_reply_that_only_lacked_its_end_gets_no_more_text(gemini: GeminiStandIn, model: Gemini) -> None:
     for rest in (stream(event("있어요."), event(finish="STOP")), stream(event(finish="STOP"))):
         gemini.answers.extend([stream(event("네, 듣고 있어요.")), rest])
@@ -534,16 +501,10 @@ async def test_a_rest_that_the_safety_filter_blocks_raises_blocked(gemini: Gemin
         await read(model)
 
 
-async def test_leaving_the_rest_of_an_answer_closes_its_stream(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.answers.extend([stream(event("가")), silent_after(event("나"))])
-    assert await leave_after(model, 2) == ["가", " 나"]
-    await until(lambda: gemini.ended == 2)
-
-
 # The fallback
 
 
-async def test_the_fallback_answers_within_the_time_for_the_first_text(gemini: GeminiStandIn) -> None:
+async def test_the_fallback_answers_within_the_same_time(gemini: GeminiStandIn) -> None:
     gemini.answers.extend([status(404), silent_after()])
     async with client_for(gemini.url, fallback_model="m-2", first_chunk_timeout=0.5) as models:
         _, failure = await failure_of(models)
@@ -556,7 +517,7 @@ async def test_the_fallback_continues_its_own_reply(gemini: GeminiStandIn, model
     assert asked(gemini) == ["m-1", "m-2", "m-2"]
 
 
-@pytest.mark.parametrize("failure", ["429", "503", "an error event 503", "an empty stream", "thoughts alone"])
+@pytest.mark.parametrize("failure", ["503", "an error event 503", "an empty stream"])
 async def test_the_fallback_is_asked_after_three_attempts(
     gemini: GeminiStandIn, models: Gemini, caplog: pytest.LogCaptureFixture, failure: str
 ) -> None:
@@ -585,7 +546,7 @@ async def test_the_fallback_gets_no_thinking_level(gemini: GeminiStandIn, models
     assert first == second
 
 
-@pytest.mark.parametrize("again", [status(503), status(404), refusal(400, "Thinking level"), reset_after(), stream()])
+@pytest.mark.parametrize("again", [status(503), refusal(400, "Thinking level"), stream()])
 async def test_a_fallback_that_fails_too_is_the_end(gemini: GeminiStandIn, models: Gemini, again: Answer) -> None:
     gemini.answers.extend([status(404), again])
     await failure_of(models)
@@ -707,9 +668,3 @@ async def test_two_hundred_replies_at_once_have_two_hundred_streams(gemini: Gemi
 
     gemini.default = answer
     assert await asyncio.gather(*(read(model) for _ in range(200))) == [["가"]] * 200
-
-
-async def test_leaving_a_reply_closes_its_stream(gemini: GeminiStandIn, model: Gemini) -> None:
-    gemini.answers.append(silent_after(event("가")))
-    assert await leave_after(model, 1) == ["가"]
-    await until(lambda: gemini.ended == 1)

@@ -179,18 +179,6 @@ async def test_cancel_right_behind_leaves_sentence_and_complete(server: Server) 
         assert await at_risk(server, str(number))
 
 
-async def test_cancel_while_a_signal_waits_leaves_its_sentence(server: Server, counsellor: ScriptedCounsellor) -> None:
-    counsellor.expect().say("첫째")
-    async with server.connect() as client:
-        await client.ask("하나")
-        await client.begun()
-        await client.send_together(("request_ai_response", {"message": INDIRECT}), CANCEL)
-        assert (await client.frame())["interrupted"] is True
-        frames = await client.reply()
-        assert text_of(frames) == FIRST[Signal.INDIRECT]
-        assert frames[-1]["interrupted"] is True
-
-
 async def test_signal_behind_a_full_queue_and_a_flood_is_answered(
     server: Server, counsellor: ScriptedCounsellor
 ) -> None:
@@ -204,28 +192,6 @@ async def test_signal_behind_a_full_queue_and_a_flood_is_answered(
             await client.frame()
 
 
-async def test_sentence_is_said_again_after_two_turns(server: Server, counsellor: ScriptedCounsellor) -> None:
-    """In between, the answer is left to the model, whose prompt knows of the risk."""
-    said = []
-    async with server.connect() as client:
-        for _ in range(4):
-            counsellor.expect().say("네.").end()
-            await client.ask(EXPLICIT)
-            said.append(text_of(await client.reply()))
-    assert said == [FULL + "네.", "네.", "네.", SHORT[Signal.EXPLICIT] + "네."]
-    assert all(prompt.at_risk for prompt in counsellor.prompts)
-
-
-async def test_short_sentence_takes_the_place_of_an_error(server: Server, counsellor: ScriptedCounsellor) -> None:
-    async with server.connect() as client:
-        await client.ask(EXPLICIT)
-        await client.reply()
-        counsellor.expect().fail(Failed("test"))
-        await client.ask(EXPLICIT)
-        frames = await client.reply()
-        assert (text_of(frames), kinds_of(frames)[-1]) == (SHORT[Signal.EXPLICIT], "complete")
-
-
 @pytest.mark.parametrize("error", [KeyError("x"), Failed("test"), asyncio.CancelledError()], ids=repr)
 async def test_failure_after_the_sentence_completes(
     server: Server, counsellor: ScriptedCounsellor, error: BaseException
@@ -236,19 +202,6 @@ async def test_failure_after_the_sentence_completes(
         frames = await client.reply()
         assert (text_of(frames), kinds_of(frames)[-1]) == (FULL + "네, ", "complete")
     assert [row[1] for row in await server.rows()] == [FULL + "네, "]
-
-
-async def test_sentence_is_kept_for_a_lost_socket(server: Server, counsellor: ScriptedCounsellor) -> None:
-    talk = counsellor.expect()
-    async with server.connect() as client:
-        await client.ask(EXPLICIT)
-        await talk.asked.wait()
-        await client.cut()
-        talk.say("네.").end()
-        await server.until_idle()
-        await client.open()
-        await client.reply()
-    assert text_of(client.frames) == FULL + "네."
 
 
 # The model marker
@@ -266,13 +219,6 @@ async def test_model_marker_brings_the_sentence_and_the_mark(
         await client.reply()
     assert [prompt.at_risk for prompt in counsellor.prompts] == [False, True]
     assert "detected_by=model " in caplog.records[0].getMessage()
-
-
-async def test_sentence_is_said_once_where_both_detect(server: Server, counsellor: ScriptedCounsellor) -> None:
-    counsellor.expect().notice().say("네.").end()
-    async with server.connect() as client:
-        await client.ask(EXPLICIT)
-        assert text_of(await client.reply()) == FULL + "네."
 
 
 async def test_failure_after_the_model_marker_completes(serving: Serving, counsellor: ScriptedCounsellor) -> None:

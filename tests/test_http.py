@@ -139,7 +139,8 @@ async def test_health_tells_which_model_answers(server: Server) -> None:
     assert body == {"status": "ok", "database": "ok", "ai": "scripted", "version": __version__}
 
 
-def test_the_models_state_is_that_of_the_last_reply_since_it_changed() -> None:
+def test_the_models_state_is_that_of_the_last_reply() -> None:
+    """It names the time since when that has been so."""
     now = [1_800_000_000.0]
     model = ModelHealth(lambda: now[0])
     assert model.state() == {"state": "unknown", "since": "2027-01-15T08:00:00.000Z"}
@@ -157,7 +158,7 @@ async def test_a_failing_model_changes_no_status(server: Server) -> None:
         assert (response.status, (await response.json())["model"]["state"]) == (200, "failing")
 
 
-async def test_without_its_database_the_server_is_alive_but_not_healthy(server: Server) -> None:
+async def test_without_its_database_it_is_alive_but_not_healthy(server: Server) -> None:
     server.faults.fail()
     async with server.http.get(f"{server.url}/health") as response:
         assert (response.status, (await response.json())["database"]) == (503, "unavailable")
@@ -410,7 +411,8 @@ def test_a_kind_of_line_is_due_once_a_minute() -> None:
     assert due == [True, False, True, False, True, False, True]
 
 
-async def test_a_refused_origin_is_logged_with_the_setting_that_admits_it(serving: Serving) -> None:
+async def test_a_refused_origin_is_logged_with_its_setting(serving: Serving) -> None:
+    """The setting is the one that would admit it."""
     clock = [0.0]
     behind_tls = {"Host": "voice.example", "Origin": "https://voice.example", "X-Forwarded-Proto": "wss"}
     async with serving(HOST="0.0.0.0", monotonic=lambda: clock[0]) as server:

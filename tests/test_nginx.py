@@ -28,7 +28,6 @@ from support import (
     SECRET,
     Frontend,
     Program,
-    hear,
     is_listening,
     kinds_of,
     logged,
@@ -122,7 +121,7 @@ class Site:
         return people
 
     async def aclose(self) -> None:
-        await asyncio.gather(*(person.client.close() for person in self._people))
+        await asyncio.gather(*(person.close() for person in self._people))
         await self.http.close()
 
 
@@ -207,75 +206,60 @@ TwoReplicas = Callable[..., contextlib.AbstractAsyncContextManager[Site]]
 timestamps = itertools.count(1_800_000_000_000)
 
 
-class Person:
-    """Somebody at a page, who follows its rule: reconnect, drop what was seen, look up what was lost, ask once more."""
+class Person(Frontend):
+    """A person's page that follows the page's rule: reconnect, look up what was lost, ask once more."""
 
     # The page waits for 20 s, so that what a killed process sent to its database is there or never will be.
     RECOVERY_SECONDS = 0.5
 
     def __init__(self, site: Site, session_id: str) -> None:
+        super().__init__(site.http, f"{site.url}/ws/session/{session_id}")
         self.site = site
         self.session_id = session_id
-        self.client = Frontend(site.http, f"{site.url}/ws/session/{session_id}")
         self.codes: list[int | None] = []  # with which sockets were closed
         self.asked_again = 0
         self.looked_up = 0
         self.request: dict[str, Any] = {}
 
     async def connect(self) -> None:
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                with contextlib.suppress(aiohttp.ClientError):  # nginx' 502 too
-                    await self.client.open()
-                    return
-                await asyncio.sleep(0.05)
+        async def opens() -> bool:
+            try:
+                await self.open()
+            except aiohttp.ClientError:  # nginx' 502 too
+                return False
+            return True
 
-    async def ask(self, message: str) -> None:
-        hear(message)
-        self.request = {"message": message, "timestamp": next(timestamps)}
-        await self.send()
+        await eventually(opens)
 
-    async def send(self) -> None:
-        await self.client.send("request_ai_response", self.request)
+    async def ask(self, message: object = CANARY, **fields: object) -> None:
+        self.request = {"message": message, "timestamp": next(timestamps), **fields}
+        await super().ask(**self.request)
 
     async def next_frame(self, patience: float = PATIENCE) -> dict[str, Any] | None:
         """Return the next frame that was not seen yet; None where the connection is lost."""
         try:
-            return await self.client.frame(patience)
+            return await self.frame(patience)
         except ConnectionError:
-            self.codes.append(self.client.ws.close_code)
+            self.codes.append(self.ws.close_code)
             return None
 
-    async def begun(self) -> list[dict[str, Any]]:
-        """The frames up to the first half of the reply."""
-        frames = [await self.next_frame(), await self.next_frame()]
-        known = [frame for frame in frames if frame is not None]
-        assert kinds_of(known) == ["begin", "chunk"]
-        return known
-
     async def answer(self, frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The frames of the answer, after those that came; what the page says by itself in the same form."""
-        returned, asked_again = False, False
+        """Return the frames of the answer, after those that came; what was looked up in the same form."""
         while not frames or frames[-1]["type"] not in ENDS:
-            try:
-                frame = await self.next_frame(self.RECOVERY_SECONDS if returned else PATIENCE)
-            except TimeoutError:
-                assert returned, "no answer"
-                returned = False
-                if (stored := await self.stored()) is not None:
-                    self.looked_up += 1
-                    chunk = {"type": "ai_stream_chunk", "data": {"chunk": stored}}
-                    return [{"type": "ai_stream_begin"}, chunk, {"type": "ai_stream_complete"}]
-                if asked_again:
-                    return [*frames, {"type": "ai_stream_error", "code": "lost"}]
-                frames, asked_again = [], True
-                self.asked_again += 1
-                await self.send()
-                continue
-            if returned := frame is None:
+            frame = await self.next_frame()
+            while frame is None:
                 await self.connect()
-            elif frame is not None:
-                frames.append(frame)
+                try:
+                    frame = await self.next_frame(self.RECOVERY_SECONDS)
+                except TimeoutError:
+                    if (stored := await self.stored()) is not None:
+                        self.looked_up += 1
+                        chunk = {"type": "ai_stream_chunk", "data": {"chunk": stored}}
+                        return [{"type": "ai_stream_begin"}, chunk, {"type": "ai_stream_complete"}]
+                    frames, self.asked_again = [], self.asked_again + 1
+                    await super().ask(**self.request)
+                    frame = await self.next_frame()
+            frames.append(frame)
         return frames
 
     async def turns(self) -> list[dict[str, Any]]:
@@ -324,7 +308,7 @@ def two_replicas(tmp_path: Path, postgres_url: str, gemini: GeminiStandIn, certi
 
 
 async def begin_to_talk(people: list[Person], model: Halves) -> list[list[dict[str, Any]]]:
-    """Let everybody ask, and hear the first half of the reply where the model says it."""
+    """Let all ask, and hear the first half of the reply where the model says it."""
 
     async def ask(number: int, person: Person) -> list[dict[str, Any]]:
         await person.ask(message := f"{CANARY} {number}")
@@ -368,7 +352,7 @@ async def test_stopped_replica_loses_no_reply(gemini: GeminiStandIn, two_replica
         for person, task in zip(people, reading, strict=True):
             if not task.done():
                 with contextlib.suppress(ConnectionError):
-                    await person.client.send("ping")
+                    await person.send("ping")
             await task
         closed = [person for person in people if person.codes]
         assert 0 < len(closed) < PEOPLE
@@ -391,7 +375,7 @@ async def test_killed_replica_costs_no_answer(tmp_path: Path, gemini: GeminiStan
         away, there = people[:6], people[6:]
         halves = await begin_to_talk(people, model)
         for person in away:  # their replies end, and are stored, while they are on their way back
-            await person.client.cut()
+            await person.cut()
             await model.let(person.request["message"])
 
             async def is_stored(person: Person = person) -> bool:
@@ -414,40 +398,6 @@ async def test_killed_replica_costs_no_answer(tmp_path: Path, gemini: GeminiStan
             assert turns == [(f"{CANARY} {number}", REPLY)]
         logs = logs_of(tmp_path)
         assert not any(person.session_id in log for log in logs for person in people)
-
-
-async def test_request_lost_by_two_killed_replicas_ends_in_an_error(
-    tmp_path: Path, postgres_url: str, gemini: GeminiStandIn, two_replicas: TwoReplicas
-) -> None:
-    model = Halves(gemini)
-    values = values_for(postgres_url, gemini)
-    async with two_replicas() as site:
-        model.mute = {f"{CANARY} {number}" for number in range(2)}
-        people = await site.people(4)
-        halves = await begin_to_talk(people, model)
-        answering = [asyncio.create_task(person.answer(half)) for person, half in zip(people, halves, strict=True)]
-
-        async def replace_both() -> None:
-            for program in site.replicas:
-                program.process.kill()
-                await program.process.wait()
-            async with site.http.get(f"{site.url}/health") as response:
-                assert response.status == 502
-            ports = [program.port for program in site.replicas]
-            again = [await stack.enter_async_context(started(tmp_path, **values, PORT=port)) for port in ports]
-            site.replicas = again
-
-        async with contextlib.AsyncExitStack() as stack:
-            await replace_both()
-            await until(lambda: len(model.asked) == 8)
-            await replace_both()
-            answers = await asyncio.gather(*answering)
-            assert [answer[-1].get("code") for answer in answers] == ["lost"] * 4
-            await model.let()
-            for person in people:
-                assert await person.turns() == []
-                await person.ask("이어서 하는 말이에요")  # as the sentence asks for
-            check_whole(await asyncio.gather(*(person.answer([]) for person in people)))
 
 
 async def test_erasing_reaches_the_replica_that_streams(gemini: GeminiStandIn, two_replicas: TwoReplicas) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from page import START, Browser, Visit, expect, visiting
-from page import browser_fixture, site_fixture, still_fixture, visit_fixture  # noqa: F401
+from page import START, Visit, browser_fixture, site_fixture, still_fixture, visit_fixture, visiting  # noqa: F401
+from playwright.async_api import Browser, Route, expect
 from standin import GeminiStandIn, event
 from support import CANARY, Program, ScriptedCounsellor, Server, make_settings, serve, started
 from tools import until
@@ -124,7 +124,7 @@ async def test_pauses_grow_with_jitter_and_stay_short_while_words_wait(visit: Vi
 
 @pytest.mark.parametrize("hang", ["health", "api"])
 async def test_a_fetch_that_hangs_ends(still: Visit, hang: str) -> None:
-    async def wait(_: Any) -> None:
+    async def wait(_: Route) -> None:
         await asyncio.Event().wait()
 
     await still.page.route(f"**/{hang}/**", wait)
@@ -162,7 +162,11 @@ class Killable:
         self.program: Program | None = None
 
     async def start(self) -> None:
-        values = {"GEMINI_API_KEY": "k", "GEMINI_BASE_URL": self.gemini.url, "DATABASE_URL": f"sqlite:///{self.folder}/a.db"}
+        values = {
+            "GEMINI_API_KEY": "k",
+            "GEMINI_BASE_URL": self.gemini.url,
+            "DATABASE_URL": f"sqlite:///{self.folder}/a.db",
+        }
         self.program = await self.stack.enter_async_context(started(self.folder, **values))
         self.address = ("127.0.0.1", self.program.port)
 
@@ -307,7 +311,7 @@ async def test_a_handshake_with_an_expired_token_begins_a_new_session(visit: Vis
     """The token may still read the conversation; why a handshake failed, a browser does not tell."""
     expired = await visit.session_id()
 
-    async def refuse(route: Any) -> None:
+    async def refuse(route: Route) -> None:
         await route.fulfill(status=401, json={"error": "x", "code": "invalid_token"})
 
     await visit.page.route(f"**/ws/session/{expired}*", refuse)
@@ -337,10 +341,14 @@ async def test_what_is_said_while_the_server_is_away_is_sent_when_it_is_back(bro
 
 
 async def test_a_refused_session_is_said_once_and_tried_again(browser: Browser, site: Server) -> None:
-    refusals = [{"status": 429, "headers": {"Retry-After": "2"}, "json": {"error": "새 대화를 너무 자주 시작했습니다"}}]
+    refused: list[Route] = []
 
-    async def answer(route: Any) -> None:
-        await (route.fulfill(**refusals.pop()) if refusals else route.continue_())
+    async def answer(route: Route) -> None:
+        if refused:
+            return await route.continue_()
+        refused.append(route)
+        body = {"error": "새 대화를 너무 자주 시작했습니다"}
+        await route.fulfill(status=429, headers={"Retry-After": "2"}, json=body)
 
     async with visiting(browser, site, first_screen=True, network_errors=True) as visit:
         await visit.page.route("**/api/sessions", answer)
@@ -352,13 +360,13 @@ async def test_a_refused_session_is_said_once_and_tried_again(browser: Browser, 
 
 
 BLOCKED = {
-    "throws": "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('', 'SecurityError'); } });"
-    "Object.defineProperty(window, 'sessionStorage', { get() { throw new DOMException('', 'SecurityError'); } });",
+    "throws": "Object.defineProperty(window, 'localStorage', { get() { throw new Error('denied'); } });"
+    "Object.defineProperty(window, 'sessionStorage', { get() { throw new Error('denied'); } });",
     "is null": "Object.defineProperty(window, 'localStorage', { value: null });",
     "is full": "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError'); };",
     "is broken": "for (const key of ['session', 'started', 'aloud']) localStorage.setItem(`bemore-${key}`, 'oops');"
     "sessionStorage.setItem('bemore-pending', 'oops'); sessionStorage.setItem('bemore-seq', 'oops');",
-    "is strange": "localStorage.setItem('bemore-session', '7'); sessionStorage.setItem('bemore-pending', '{\"kept\": 7}');",
+    "is strange": "localStorage.setItem('bemore-session', '7'); sessionStorage.setItem('bemore-pending', '{}');",
 }
 
 
@@ -425,7 +433,7 @@ async def test_other_tabs_notice_that_all_was_erased(visit: Visit, site: Server)
 
 
 async def test_a_session_that_another_device_erased_is_not_revived(visit: Visit, site: Server) -> None:
-    """The server creates unknown sessions with their first request; the page asks first whether its own still exists."""
+    """The server creates a session with its first request; the page asks first whether its own still exists."""
     await visit.write(CANARY)
     await visit.replied(f"들은 말: {CANARY}")
     erased = await visit.session_id()

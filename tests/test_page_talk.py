@@ -4,8 +4,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from page import START, Browser, Visit, expect, visiting
-from page import browser_fixture, site_fixture, still_fixture, visit_fixture  # noqa: F401
+from page import START, Visit, browser_fixture, site_fixture, still_fixture, visit_fixture, visiting  # noqa: F401
+from playwright.async_api import Browser, expect
 from support import CANARY, ScriptedCounsellor, Server, hear, make_settings, serve
 from tools import PATIENCE, until
 
@@ -111,7 +111,9 @@ async def test_a_message_during_a_reply_waits_and_cuts_nothing(visit: Visit, cou
 
 async def test_a_reply_that_began_at_the_same_moment_stays(visit: Visit, counsellor: ScriptedCounsellor) -> None:
     """The person adds words while the first text of a reply, here a helpline sentence, is on its way."""
-    await visit.page.evaluate("() => { window.plain = receive; window.late = []; receive = (frame) => late.push(frame); }")
+    await visit.page.evaluate(
+        "() => { window.plain = receive; window.late = []; receive = (frame) => late.push(frame); }"
+    )
     counsellor.expect().say("109, 일공구로 전화해 주세요. ")
     await visit.write("첫 번째로 하는 말")
     await visit.until("late.some(({ type }) => type === 'ai_stream_chunk')", True)

@@ -4,8 +4,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from page import Browser, Page, Visit, expect, visiting
-from page import browser_fixture, rules_fixture, site_fixture, still_fixture, visit_fixture  # noqa: F401
+from page import Visit, browser_fixture, rules_fixture, site_fixture, still_fixture, visit_fixture, visiting  # noqa: F401
+from playwright.async_api import Browser, Page, expect
 from support import CANARY, ScriptedCounsellor, Server
 from tools import PATIENCE
 
@@ -70,7 +70,10 @@ KINDS: dict[str, tuple[list[list[Any]], str]] = {
     "an interim result repeats a final one": ([["요즘 잠이 안 와요", True], ["요즘", False]], "요즘 잠이 안 와요"),
     "Safari: one result that grows": ([["요즘 잠이 안 와요", False]], "요즘 잠이 안 와요"),
     "empty results": ([["", True], [" ", False], ["요즘", True]], "요즘"),
-    "different words that begin alike": ([["죽고 싶어요", True], ["죽고 싶다는 생각이", True]], "죽고 싶어요 죽고 싶다는 생각이"),
+    "different words that begin alike": (
+        [["죽고 싶어요", True], ["죽고 싶다는 생각이", True]],
+        "죽고 싶어요 죽고 싶다는 생각이",
+    ),
     "a word said twice in a sentence": ([["정말 정말 힘들어요", True]], "정말 정말 힘들어요"),
 }
 
@@ -106,7 +109,9 @@ async def test_a_pause_ends_nothing_though_the_recogniser_ends(still: Visit) -> 
 
 async def test_the_last_result_after_the_button_counts(still: Visit) -> None:
     """Safari gives its final result after stop() alone."""
-    await still.page.evaluate("() => { webkitSpeechRecognition.prototype.stop = function () { this.stopped = true; }; }")
+    await still.page.evaluate(
+        "() => { webkitSpeechRecognition.prototype.stop = function () { this.stopped = true; }; }"
+    )
     await still["#microphone"].click()
     await still.page.evaluate("ear.give(['오늘은 비가'])")
     await still["#microphone"].click()
@@ -156,7 +161,9 @@ async def test_words_that_were_heard_before_a_failure_are_sent(visit: Visit) -> 
 
 
 async def test_a_recogniser_that_throws_at_its_start_is_said(visit: Visit) -> None:
-    await visit.page.evaluate("() => { startRecognition = () => { throw new DOMException('', 'InvalidStateError'); }; }")
+    await visit.page.evaluate(
+        "() => { startRecognition = () => { throw new DOMException('', 'InvalidStateError'); }; }"
+    )
     await visit["#microphone"].click()
     await expect(visit["#notice"]).to_have_text("음성 인식이 되지 않습니다. 글로 적어 주세요.")
     await visit.page.evaluate("() => { startRecognition = () => {}; }")
@@ -226,6 +233,15 @@ async def test_it_never_hears_the_reply(visit: Visit, counsellor: ScriptedCounse
     await visit.until_spoken("들은 말: 이어서 하는 말이에요")
 
 
+async def test_heard_words_go_with_written_ones_that_are_sent(visit: Visit) -> None:
+    await visit["#field"].fill("글로 적은 말.")
+    await visit["#microphone"].click()
+    await visit.page.evaluate("ear.hear('말로 한 말')")
+    await visit["#field"].press("Enter")
+    assert await visit.asked(1) == ["글로 적은 말. 말로 한 말"]
+    await expect(visit["#notice"]).to_have_text("")
+
+
 # Speaking
 
 
@@ -234,14 +250,14 @@ async def test_only_spoken_talk_is_read_aloud_unless_chosen(visit: Visit) -> Non
     await visit.replied("들은 말: 글로 적은 말")
     await visit.speak("말로 한 말이에요")
     await visit.until_spoken("들은 말: 말로 한 말이에요")
-    await visit["#aloud"].select_option("읽지 않기")
+    await visit["#aloud"].select_option("끄기")
     assert await visit.page.evaluate("mouth.current") is None
     await visit.speak("조용히 듣고 싶은 말")
     await visit.replied("들은 말: 조용히 듣고 싶은 말")
     await visit.page.reload()
     await visit.state("연결됨")
     await expect(visit["#aloud"]).to_have_value("never")
-    await visit["#aloud"].select_option("늘 읽기")
+    await visit["#aloud"].select_option("항상")
     await visit.write("글로 다시 적은 말")
     await visit.until_spoken("들은 말: 글로 다시 적은 말")
 
@@ -251,7 +267,19 @@ async def test_sentences_are_cut_neither_inside_a_word_nor_a_number(
 ) -> None:
     talk = counsellor.expect()
     await visit.speak(CANARY)
-    for piece in ("기온이 3", ".", "5도라 추", "웠지요", "?! 많이 ", "떨었", "겠어요", "… 1,000", "걸음만", " 걸어요.\n", "네"):
+    for piece in (
+        "기온이 3",
+        ".",
+        "5도라 추",
+        "웠지요",
+        "?! 많이 ",
+        "떨었",
+        "겠어요",
+        "… 1,000",
+        "걸음만",
+        " 걸어요.\n",
+        "네",
+    ):
         talk.say(piece)
         await expect(visit[".theirs .words"]).to_contain_text(piece.strip())
     talk.end()

@@ -153,9 +153,7 @@ async def test_a_role_that_may_not_write_turns_is_told_so(postgres_url: str, own
         await owner.execute("DROP OWNED BY reader; DROP ROLE reader")
 
 
-async def test_tables_that_keep_what_was_said_in_an_erased_session_are_refused(
-    url: str, owner: asyncpg.Connection
-) -> None:
+async def test_tables_that_would_keep_erased_words_are_refused(url: str, owner: asyncpg.Connection) -> None:
     async with open_storage(url):
         pass
     await owner.execute("ALTER TABLE conversations DROP CONSTRAINT conversations_session_id_fkey")
@@ -247,7 +245,7 @@ async def test_a_server_that_refuses_for_too_long_ends_the_start(postgres_url: s
     assert f"127.0.0.1:{wire.port}/d" in told
 
 
-async def test_a_server_that_lends_three_connections_serves_all_who_ask(
+async def test_a_server_with_three_connections_serves_all(
     postgres_url: str, owner: asyncpg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "bemore_voice")
@@ -290,7 +288,7 @@ async def test_a_server_that_has_no_connection_to_lend_is_waited_for(
         await owner.execute("DROP OWNED BY few CASCADE; DROP ROLE few")
 
 
-async def test_the_certificate_of_a_server_is_checked_where_the_url_says_so(tmp_path: Path) -> None:
+async def test_a_certificate_is_checked_where_the_url_says_so(tmp_path: Path) -> None:
     key, certificate, other = (tmp_path / name for name in ("key", "certificate", "other"))
     for path in (certificate, other):
         await make_certificate(key, path)

@@ -18,23 +18,24 @@ from standin import GeminiStandIn
 from support import (
     CANARY,
     SECRET,
+    RawPeer,
     ScriptedCounsellor,
     Server,
     Serving,
     kinds_of,
     logged,
-    make_settings,
     start,
     started,
     text_of,
     token_for,
 )
+from tools import open_storage
 from yarl import URL
 
 from bemore.counsellor import Emotion
 from bemore.log import LogFormatter, StrayExceptionLog, logfmt
 from bemore.storage import ADD_TURN, DELETE_SESSION, SCHEMA, NewTurn
-from bemore_voice import make_storage, system_prompt
+from bemore_voice import system_prompt
 
 
 async def read(server: Server, session_id: str = "가", **options: Any) -> tuple[int, Any]:
@@ -59,7 +60,7 @@ async def say(server: Server, *messages: str, session_id: str = "가", **fields:
 # Reading
 
 
-async def test_what_was_said_is_read_oldest_first_with_the_tables_columns(serving: Serving, database_url: str) -> None:
+async def test_turns_are_read_oldest_first_with_their_columns(serving: Serving, database_url: str) -> None:
     async with serving(database_url) as server:
         await say(server, "첫 번째로 하는 말", emotion="sad", timestamp=1704902400000)
         await say(server, "남이 하는 다른 말", session_id="나")
@@ -148,7 +149,7 @@ async def test_without_its_database_nothing_is_read_or_erased(server: Server) ->
 @pytest.mark.parametrize(
     "session_id", ["../../etc/passwd", "'; DROP TABLE sessions; --", "가나다", "x/conversations", "%"]
 )
-async def test_any_session_that_can_be_talked_to_can_be_read_and_erased(server: Server, session_id: str) -> None:
+async def test_any_session_can_be_read_and_erased(server: Server, session_id: str) -> None:
     await server.storage.create_session(session_id)
     await server.storage.add_turn(session_id, NewTurn(CANARY, "답", None, 1))
     path = f"{server.url}/api/sessions/" + "".join(f"%{byte:02X}" for byte in session_id.encode())
@@ -171,7 +172,7 @@ async def test_any_other_session_id_is_refused_before_the_database(server: Serve
 # Erasing
 
 
-async def test_erasing_empties_every_table_and_touches_no_other_session(serving: Serving, database_url: str) -> None:
+async def test_erasing_empties_all_tables_of_one_session_alone(serving: Serving, database_url: str) -> None:
     async with serving(database_url) as server:
         await say(server, CANARY, "그리고 또 하나의 말")
         await say(server, "남의 말은 그대로 남는다", session_id="나")
@@ -187,7 +188,7 @@ async def test_erasing_empties_every_table_and_touches_no_other_session(serving:
 @pytest.mark.parametrize("characters", [20, 900, 60_000])
 async def test_on_sqlite_the_bytes_leave_the_file_and_its_log(tmp_path: Path, characters: int) -> None:
     path = tmp_path / "a.db"
-    async with make_storage(make_settings(f"sqlite:///{path}")) as storage:
+    async with open_storage(f"sqlite:///{path}") as storage:
         for number in range(6):  # rows of several sessions share pages, so that some are moved as pages split
             await storage.create_session(f"s{number}")
         for turn in range(120):
@@ -201,9 +202,10 @@ async def test_on_sqlite_the_bytes_leave_the_file_and_its_log(tmp_path: Path, ch
         assert len(await storage.conversations("s2", 10, 2**53)) == 10
 
 
-async def test_while_another_program_reads_the_log_keeps_what_was_erased(tmp_path: Path) -> None:
+async def test_a_reader_of_the_file_delays_the_emptying_of_the_log(tmp_path: Path) -> None:
+    """A warning says so; the next deletion empties it."""
     path, log = tmp_path / "a.db", tmp_path / "a.db-wal"
-    async with make_storage(make_settings(f"sqlite:///{path}")) as storage:
+    async with open_storage(f"sqlite:///{path}") as storage:
         for session_id in ("가", "나"):
             await storage.create_session(session_id)
             await storage.add_turn(session_id, NewTurn(CANARY, "답", None, 1))
@@ -218,7 +220,7 @@ async def test_while_another_program_reads_the_log_keeps_what_was_erased(tmp_pat
         assert CANARY.encode() not in path.read_bytes() + log.read_bytes()
 
 
-async def test_what_a_killed_process_left_in_the_log_is_emptied_at_the_next_start(tmp_path: Path) -> None:
+async def test_the_log_of_a_killed_process_is_emptied_at_the_start(tmp_path: Path) -> None:
     async with started(tmp_path) as program:
         async with program.connect() as client:
             await client.ask(CANARY)
@@ -227,13 +229,13 @@ async def test_what_a_killed_process_left_in_the_log_is_emptied_at_the_next_star
         await program.process.wait()
     log = tmp_path / "bemore.db-wal"
     assert CANARY.encode() in log.read_bytes()
-    async with make_storage(make_settings(f"sqlite:///{tmp_path}/bemore.db")):
+    async with open_storage(f"sqlite:///{tmp_path}/bemore.db"):
         assert not log.read_bytes()
 
 
 async def test_a_new_sqlite_file_is_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
-    async with make_storage(make_settings(f"sqlite:///{path}")) as storage:
+    async with open_storage(f"sqlite:///{path}") as storage:
         await storage.create_session("s")
         for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
             assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -258,9 +260,8 @@ async def test_erasing_ends_the_reply_and_closes_the_sockets(server: Server, cou
         assert not list(await server.storage.fetch(f"SELECT * FROM {table}"))
 
 
-async def test_a_new_session_of_the_same_name_shares_nothing_with_the_erased(
-    server: Server, counsellor: ScriptedCounsellor
-) -> None:
+async def test_a_new_session_shares_nothing_with_an_erased_one(server: Server, counsellor: ScriptedCounsellor) -> None:
+    """Even if it has the same id."""
     counsellor.expect().say("처음 세션의 대답").end()
     async with server.connect() as client:
         await client.ask(CANARY)
@@ -331,7 +332,7 @@ async def test_sessions_that_another_service_owns_are_not_erased_here(serving: S
 
 
 @pytest.mark.parametrize("session_id", ["가", "unknown"])
-async def test_without_the_sessions_token_every_request_gets_one_answer(serving: Serving, session_id: str) -> None:
+async def test_without_its_token_every_request_gets_one_answer(serving: Serving, session_id: str) -> None:
     answers = set()
     async with serving(JWT_SECRET_KEY=SECRET) as server:
         await server.storage.create_session("가")
@@ -411,19 +412,12 @@ async def test_nothing_that_a_client_sends_reaches_the_instruction(
 LOGFMT = r"""time=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3} level=[A-Z]+( \w+=([^\s="]+|"([^"\\]|\\.)*"))+$"""
 
 
-async def test_a_request_that_is_no_http_is_not_quoted_in_the_log(tmp_path: Path) -> None:
-    requests = [
-        b"GET /ws/session/hush-id?token=hush-token HTTP/1.1\r\nHost: 127.0.0.1\r\nhush header\r\n\r\n",
-        b"GET /ws/session/hush-id\x01?token=hush HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
-        b"hush hush hush\r\n\r\n",
-        b"POST /api/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nhush\r\n",
-    ]
+async def test_every_line_of_the_log_is_logfmt_without_words(tmp_path: Path) -> None:
     async with started(tmp_path, LOG_LEVEL="debug") as program:
-        for request in requests:
-            reader, writer = await asyncio.open_connection("127.0.0.1", program.port)
-            writer.write(request)
-            assert b" 400 " in await reader.readline()
-            writer.close()
+        peer = await RawPeer.connect(("127.0.0.1", program.port))
+        peer.send(b"hush hush hush\r\n\r\n")
+        assert (await peer.answer())[0] == 400
+        peer.abort()
         async with program.connect("hush-id%2F..%2F") as client:
             await client.ask(f"{CANARY}\r\n2026-11-24 00:00:00,000 ERROR forged")
             await client.reply()
@@ -474,7 +468,7 @@ async def test_a_mistake_of_ours_is_answered_and_logged_without_words(
     assert not any("hush" in line for line in logged)
 
 
-async def test_a_task_that_nobody_waits_for_is_logged_without_words() -> None:
+async def test_a_bug_in_a_task_is_logged_without_words() -> None:
     async def broken() -> None:
         raise RuntimeError(f"{CANARY} hush")
 

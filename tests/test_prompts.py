@@ -38,7 +38,8 @@ def test_emotion_is_told_as_a_signal_that_may_be_wrong(emotion: Emotion) -> None
     assert "보입니다" not in after
 
 
-def test_without_an_emotion_the_guidance_is_neutral_and_names_no_signal() -> None:
+def test_without_an_emotion_the_guidance_is_neutral() -> None:
+    """It does not speak of a signal either."""
     assert system_prompt(None) == BASE_PROMPT + MARKER_PROMPT + "\n" + GUIDANCE[Emotion.NEUTRAL]
     assert "표정" not in system_prompt(None)
 
@@ -61,7 +62,7 @@ def test_risk_prompt_holds_each_rule(rule: str) -> None:
     assert rule in RISK_PROMPT
 
 
-def test_prompt_asks_for_a_marker_unless_the_app_has_just_spoken() -> None:
+def test_prompt_asks_for_a_marker_unless_one_was_just_said() -> None:
     for prompt in ALL:
         assert (SELF_MARKER in prompt) == (OTHERS_MARKER in prompt) == ("앱이 방금 위험 신호를" not in prompt)
 
@@ -75,7 +76,7 @@ def test_prompt_keeps_to_its_own_rules(prompt: str) -> None:
 
 
 @pytest.mark.parametrize("signal", Signal)
-def test_past_helpline_sentences_become_the_marker_of_their_signal(signal: Signal) -> None:
+def test_past_helpline_sentences_become_their_marker(signal: Signal) -> None:
     marker = OTHERS_MARKER if signal is Signal.VIOLENCE else SELF_MARKER
     for sentence in (FIRST[signal], SHORT[signal], *FORMER[signal]):
         sentence = sentence.strip()

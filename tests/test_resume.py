@@ -71,33 +71,6 @@ async def test_reply_is_whole_wherever_the_connection_is_lost(
         assert [row[1] for row in await server.rows(str(boundary))] == ["".join(WORDS)]
 
 
-async def test_reply_written_to_a_dead_connection_is_sent_again(server: Server, counsellor: ScriptedCounsellor) -> None:
-    """The whole reply went into the buffers of a connection that was dead already."""
-    talk = counsellor.expect()
-    async with Wire(lambda: asyncio.open_connection(*server.address)) as wire:
-        url = f"http://127.0.0.1:{wire.port}/ws/session/가"
-        page = await Frontend(server.http, url, timeout=IMPATIENT).open()
-        await page.ask()
-        await talk.asked.wait()
-        wire.freeze()
-        talk.say(*WORDS).end()
-        await server.until_idle()
-        async with server.connect() as client:
-            await client.reply()
-            check_whole(client)
-        assert wire.withheld
-        wire.cut()
-        await page.close()
-
-
-async def test_page_loaded_after_the_end_is_sent_nothing(server: Server) -> None:
-    async with server.connect() as client:
-        await client.ask()
-        await client.reply()
-    async with server.connect() as client:
-        await client.silent()
-
-
 async def test_error_is_kept_for_a_lost_socket(server: Server, counsellor: ScriptedCounsellor) -> None:
     talk = counsellor.expect().say("가")
     async with server.connect() as client:
@@ -130,21 +103,6 @@ async def test_waiting_requests_of_a_lost_socket_are_answered(server: Server, co
         assert texts == ["첫째", "들은 말: 둘", "들은 말: 셋"]
         await client.silent()
     assert [row[0] for row in await server.rows()] == ["하나", "둘", "셋"]
-
-
-async def test_two_lost_pages_both_get_the_reply(server: Server, counsellor: ScriptedCounsellor) -> None:
-    talk = counsellor.expect()
-    async with server.connect() as one, server.connect() as two:
-        await one.ask()
-        await talk.asked.wait()
-        await one.cut()
-        await two.cut()
-        await server.until_left()
-        talk.say("가").end()
-        await server.until_idle()
-        for page in (one, two):
-            await page.open()
-            assert text_of(await page.reply()) == "가"
 
 
 async def test_closing_right_after_asking_stores_the_turn(server: Server) -> None:
@@ -180,15 +138,6 @@ async def test_reconnecting_thirty_times_loses_nothing(server: Server, counsello
     await server.until_forgotten()
 
 
-async def test_seq_never_repeats_after_a_restart(serving: Serving) -> None:
-    seqs: list[int] = []
-    for _ in range(3):
-        async with serving() as server, server.connect() as client:
-            await client.ask()
-            seqs += [frame["seq"] for frame in await client.reply()]
-    assert seqs == sorted(set(seqs))
-
-
 async def test_seq_is_not_behind_another_replica(serving: Serving) -> None:
     """A page that has talked to another replica meanwhile has seen a seq from the same clock."""
     clock = [1_800_000_000.0]
@@ -214,18 +163,6 @@ async def test_eight_sockets_all_see_the_reply(server: Server) -> None:
         replies = [await client.reply() for client in clients]
         assert replies == [replies[0]] * 8
         assert text_of(replies[0]) == f"들은 말: {CANARY}"
-
-
-async def test_socket_that_joins_sees_the_reply_from_its_begin(server: Server, counsellor: ScriptedCounsellor) -> None:
-    talk = counsellor.expect().say("하나")
-    async with server.connect() as one:
-        await one.ask()
-        first = await one.begun()
-        async with server.connect() as two:
-            assert await two.begun() == first
-            talk.say("둘").end()
-            assert await one.reply() == await two.reply()
-            await two.silent()
 
 
 async def test_half_open_connection_is_found(serving: Serving) -> None:

@@ -69,7 +69,8 @@ async def test_many_are_erased_in_batches_with_one_line(storage: Storage, caplog
     ]
 
 
-async def test_it_is_done_after_the_start_and_again_until_the_server_stops(storage: Storage) -> None:
+async def test_old_sessions_are_erased_until_the_server_stops(storage: Storage) -> None:
+    """First after the start, then at each interval."""
     stop = asyncio.Event()
     task = asyncio.create_task(keep_erasing(storage, 1, stop, first=0.01, every=0.01))
     for session_id in ("one", "two"):
@@ -123,7 +124,7 @@ async def test_words_that_are_old_are_gone_from_the_files(tmp_path: Path) -> Non
         assert CANARY.encode() not in held_in(tmp_path)
 
 
-async def test_a_session_is_erased_for_an_operator_while_the_server_runs(tmp_path: Path, engine_url: str) -> None:
+async def test_an_operator_erases_a_session_of_a_running_server(tmp_path: Path, engine_url: str) -> None:
     values = {"AUTO_CREATE_SESSIONS": "1", "DEMO_MODE": "1", "DATABASE_URL": engine_url}
     async with started(tmp_path, **values) as program:
         async with program.connect("-gone") as client:

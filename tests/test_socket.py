@@ -19,13 +19,10 @@ from support import (
     Server,
     Serving,
     kinds_of,
-    make_settings,
-    serve,
     text_of,
 )
 
 from bemore.counsellor import Emotion, Failed
-from bemore.demo import Demo
 from bemore.outbox import ErrorCode
 from bemore_voice import SENTENCES, Limits, system_prompt
 
@@ -79,16 +76,6 @@ async def test_complete_waits_for_the_row(server: Server, counsellor: ScriptedCo
         free.set()
         assert kinds_of(await client.reply()) == ["complete"]
     assert [row[1] for row in await server.rows()] == ["가"]
-
-
-async def test_prompt_holds_the_last_ten_turns(server: Server, counsellor: ScriptedCounsellor) -> None:
-    async with server.connect() as client:
-        for number in range(12):
-            await client.ask(f"말 {number}")
-            await client.reply()
-    history = counsellor.prompts[-1].history
-    assert [turn.user_message for turn in history] == [f"말 {number}" for number in range(1, 11)]
-    assert history[-1].ai_response == "들은 말: 말 10"
 
 
 async def test_seq_starts_from_the_clock_and_grows(server: Server) -> None:
@@ -157,16 +144,6 @@ async def test_frames_of_a_reply_are_20_ms_apart(serving: Serving, counsellor: S
             peer.abort()
     assert len(gaps) >= 4
     assert statistics.median(gaps) > 0.019
-
-
-async def test_chunks_within_the_interval_are_joined(serving: Serving, counsellor: ScriptedCounsellor) -> None:
-    talk = counsellor.expect().say("하나")
-    async with serving(STREAM_CHUNK_INTERVAL_MS=300) as server, server.connect() as client:
-        await client.ask()
-        await client.begun()
-        talk.say("둘", "셋", "넷").end()
-        assert text_of(await client.reply()) == "둘셋넷"
-    assert kinds_of(client.frames) == ["begin", "chunk", "chunk", "complete"]
 
 
 async def test_failed_reply_ends_in_one_error(server: Server, counsellor: ScriptedCounsellor) -> None:
@@ -272,15 +249,6 @@ async def test_frame_of_over_64_kib_closes_the_socket(server: Server) -> None:
         assert await client.closed() == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
 
 
-async def test_frame_of_4_mib_closes_the_socket_unread(server: Server) -> None:
-    async with server.connect() as client:
-        with contextlib.suppress(ConnectionError):  # cut off while it still sends
-            await client.ws.send_str(" " * 4 * 1024 * 1024)
-        assert await client.closed() in (aiohttp.WSCloseCode.MESSAGE_TOO_BIG, aiohttp.WSCloseCode.ABNORMAL_CLOSURE)
-    async with server.connect() as client:
-        await client.silent()
-
-
 # Order
 
 
@@ -313,17 +281,6 @@ async def test_requests_of_two_sockets_are_answered_in_order(server: Server, cou
     assert one.frames == two.frames
 
 
-async def test_requests_of_two_sockets_at_once_never_mix(server: Server) -> None:
-    async with server.connect() as one, server.connect() as two:
-        for number in range(10):
-            asked = [f"왼쪽 {number}", f"오른쪽 {number}"]
-            await asyncio.gather(one.ask(asked[0]), two.ask(asked[1]))
-            replies = [[text_of(await client.reply()) for _ in range(2)] for client in (one, two)]
-            assert replies[0] == replies[1]
-            assert sorted(replies[0]) == sorted(f"들은 말: {message}" for message in asked)
-    assert len(await server.rows()) == 20
-
-
 async def test_sessions_neither_wait_for_nor_hear_each_other(server: Server, counsellor: ScriptedCounsellor) -> None:
     talk = counsellor.expect()
     async with server.connect("가") as one, server.connect("나") as two:
@@ -335,27 +292,6 @@ async def test_sessions_neither_wait_for_nor_hear_each_other(server: Server, cou
         talk.say("네 답").end()
         assert text_of(await one.reply()) == "네 답"
         await two.silent()
-
-
-async def test_seventeenth_waiting_request_is_refused_in_its_turn(
-    server: Server, counsellor: ScriptedCounsellor
-) -> None:
-    talk = counsellor.expect()
-    async with server.connect() as greedy, server.connect() as other:
-        await greedy.ask("답하는 중")
-        await talk.asked.wait()
-        for number in range(17):
-            await greedy.ask(f"기다림 {number}")
-        await greedy.silent()
-        await other.ask("다른 창")
-        talk.say("첫째").end()
-        assert text_of(await greedy.reply()) == "첫째"
-        for number in range(16):
-            assert text_of(await greedy.reply()) == f"들은 말: 기다림 {number}"
-        assert error_of(await greedy.frame()) == "rate_limited"
-        await greedy.silent()
-        await other.settle()
-        assert error_of(other.frames[-1]) == "rate_limited"
 
 
 # Rate and session
@@ -454,18 +390,6 @@ async def test_cancel_interrupts_and_stores_what_was_shown(server: Server, couns
     assert [row[:2] for row in await server.rows()] == [("하나", "가나"), ("다음", "들은 말: 다음")]
 
 
-async def test_cancel_before_the_first_text_yields_one_complete(server: Server, counsellor: ScriptedCounsellor) -> None:
-    talk = counsellor.expect()
-    async with server.connect() as client:
-        await client.ask()
-        await talk.asked.wait()
-        await client.cancel()
-        (frame,) = await client.reply()
-        assert frame["interrupted"] is True
-        await talk.closed.wait()
-    assert await server.rows() == []
-
-
 async def test_cancel_right_after_request_yields_one_complete(server: Server) -> None:
     """Also where the last reply was interrupted a moment ago."""
     async with server.connect() as client:
@@ -475,14 +399,6 @@ async def test_cancel_right_after_request_yields_one_complete(server: Server) ->
             assert kinds_of(frames) == ["complete"]
             assert frames[-1]["interrupted"] is True
         await client.silent()
-
-
-async def test_cancel_with_nothing_in_progress_is_ignored(server: Server) -> None:
-    async with server.connect() as client:
-        await client.cancel()
-        await client.silent()
-        await client.ask()
-        assert "interrupted" not in (await client.reply())[-1]
 
 
 async def test_cancel_takes_effect_within_50_ms(serving: Serving, counsellor: ScriptedCounsellor) -> None:
@@ -596,19 +512,6 @@ async def test_reply_of_over_16000_characters_is_cut(serving_gemini: Serving, ge
 
 
 # End to end
-
-
-async def test_demo_answers_the_request_of_the_specification(serving: Serving) -> None:
-    settings = make_settings("sqlite:///:memory:", STREAM_CHUNK_INTERVAL_MS=50)
-    async with serve(settings, Demo()) as server, server.connect("test-session-123") as client:
-        await client.ask("요즘 너무 불안해요", emotion="anxious", timestamp=1704902400000)
-        frames = await client.reply()
-        assert kinds_of(frames)[0] == "begin"
-        assert kinds_of(frames)[-1] == "complete"
-        assert kinds_of(frames).count("chunk") >= 5
-        assert await server.rows("test-session-123") == [
-            ("요즘 너무 불안해요", text_of(frames), "anxious", 1704902400000)
-        ]
 
 
 async def test_gemini_is_asked_with_ten_turns_of_history(

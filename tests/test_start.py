@@ -1,7 +1,6 @@
 """The program as it is started: one start line, one-line errors, a clean end."""
 
 import ast
-import asyncio
 import re
 import resource
 import signal
@@ -42,7 +41,7 @@ async def test_a_hobbyist_starts_it_without_any_setting_and_talks(tmp_path: Path
     assert not any(word in program.log for word in ("불안", "test-session", text_of(frames)[:5]))
 
 
-async def test_it_starts_with_gemini_and_postgres_and_logs_neither_key_nor_password(
+async def test_gemini_and_postgres_start_without_secrets_in_the_log(
     tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
 ) -> None:
     url = postgres_url.replace("postgres:@", "postgres:hush-hush@")
@@ -68,50 +67,8 @@ async def test_it_says_which_models_answer(tmp_path: Path, gemini: GeminiStandIn
             assert (await response.json())["ai"] == "m-1, fallback m-2"
 
 
-async def test_on_sigterm_the_reply_in_progress_ends_and_is_stored(tmp_path: Path) -> None:
-    async with started(tmp_path) as program:
-        async with program.connect() as client, program.connect("idle") as idle:
-            await client.ask("하나")
-            frames = [await client.frame(), await client.frame()]
-            await client.ask("둘")
-            await client.silent()
-            program.process.send_signal(signal.SIGTERM)
-            frames += await client.reply()
-            assert kinds_of(frames)[-1] == "complete"
-            assert "interrupted" not in frames[-1]
-            refused = await client.frame()
-            assert (refused["type"], refused["code"]) == ("ai_stream_error", "ai_unavailable")
-            assert await client.closed() == aiohttp.WSCloseCode.GOING_AWAY
-            assert await idle.closed() == aiohttp.WSCloseCode.GOING_AWAY
-        assert await program.end() == 0
-        with pytest.raises(ConnectionRefusedError):
-            await asyncio.open_connection("127.0.0.1", program.port)
-    with sqlite3.connect(tmp_path / "bemore.db") as database:
-        rows = database.execute("SELECT user_message, ai_response FROM conversations").fetchall()
-    database.close()
-    assert rows == [("하나", text_of(frames))]
-
-
-async def test_two_processes_on_one_postgres_behave_as_one(
-    tmp_path: Path, gemini: GeminiStandIn, postgres_url: str
-) -> None:
-    """A session is made on one and used on the other, with one history; both take from one bucket."""
-    values = {"DATABASE_URL": postgres_url, "GEMINI_API_KEY": "k", "GEMINI_BASE_URL": gemini.url}
-    values["MAX_AI_REQUESTS_PER_MINUTE"] = "4"
-    async with started(tmp_path, **values) as one, started(tmp_path, **values) as two:
-        async with aiohttp.ClientSession() as http, http.post(f"http://127.0.0.1:{one.port}/api/sessions") as response:
-            session_id = (await response.json())["session_id"]
-        ends = []
-        async with one.connect(session_id) as left, two.connect(session_id) as right:
-            for client in (left, right, left, right, left, right):
-                await client.ask()
-                ends.append((await client.reply())[-1])
-        assert [end["type"] for end in ends] == ["ai_stream_complete"] * 4 + ["ai_stream_error"] * 2
-        assert [end["code"] for end in ends[4:]] == ["rate_limited"] * 2
-        assert len(gemini.requests[-1]["body"]["contents"]) == 7
-
-
-async def test_dotenv_is_read_from_the_folder_of_the_start_and_the_environment_wins(tmp_path: Path) -> None:
+async def test_dotenv_is_read_but_the_environment_wins(tmp_path: Path) -> None:
+    """From the folder in which the program was started."""
     (tmp_path / ".env").write_text(
         "DATABASE_URL=sqlite:///mine.db\nLOG_LEVEL=error\n# 주석\nPORT=1\n", encoding="utf-8"
     )

@@ -1,4 +1,4 @@
-"""What the tests of a leaf need, without the server: patience, and a database of either engine."""
+"""What the tests of one module need, without the server: patience, and a database of either engine."""
 
 import asyncio
 from collections.abc import Callable
