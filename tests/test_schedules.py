@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -282,9 +283,12 @@ class Schedule:
 async def running(serving_gemini: Serving, gemini: GeminiStandIn, folder: Path, limits: Limits) -> AsyncIterator[House]:
     house = House(folder / "test.db")
     gemini.default = house.answer
-    async with serving_gemini(
-        limits=limits, CHUNK_TIMEOUT_SECONDS=2, DATABASE_TIMEOUT_SECONDS=0.2, STREAM_CHUNK_INTERVAL_MS=5
-    ) as server:
+    times: dict[str, Any] = {
+        "FIRST_CHUNK_TIMEOUT_SECONDS": 3,
+        "CHUNK_TIMEOUT_SECONDS": 1,
+        "DATABASE_TIMEOUT_SECONDS": 0.2,
+    }
+    async with serving_gemini(limits=limits, STREAM_CHUNK_INTERVAL_MS=5, **times) as server:
         house.server = server
         try:
             yield house

@@ -325,10 +325,6 @@ async def test_clock_that_steps_back_locks_no_session_out(serving: Serving) -> N
         clock[0] -= 600
         async with server.connect() as client:
             await client.ask()
-            refused = (await client.reply())[-1]
-            assert (refused["code"], refused["retry_after_ms"]) == ("rate_limited", 6000)
-            clock[0] += 6
-            await client.ask()
             frames = await client.reply()
             assert frames[-1]["type"] == "ai_stream_complete"
             assert frames[0]["seq"] > last
