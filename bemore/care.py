@@ -24,11 +24,15 @@ from bemore.sounds import heard, plain
 
 
 class Signal(StrEnum):
-    """What a person's words are a sign of."""
+    """What a person's words are a sign of.
 
-    EXPLICIT = "explicit"  # own suicidal thoughts, plans, means, attempts, self-harm, acute danger
-    INDIRECT = "indirect"  # warning signs that do not name death
-    VIOLENCE = "violence"  # wants to kill or hurt somebody else
+    EXPLICIT: own suicidal thoughts, plans, means, attempts, self-harm. INDIRECT: warning signs that do not name death.
+    VIOLENCE: the wish to hurt somebody else.
+    """
+
+    EXPLICIT = "explicit"
+    INDIRECT = "indirect"
+    VIOLENCE = "violence"
 
 
 # Helpline sentences: at most three, no promise that a call is answered, no method, no refusal. 109 is followed by its

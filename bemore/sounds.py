@@ -18,7 +18,8 @@ ALIKE = dict(zip("ㅐㅒㅖㅑㅕㅛㅠㅙㅚㅞㅢㅟ", "ㅔㅔㅔㅏㅓㅗㅜ�
 # The Korean letter on the key of each Latin letter.
 KEYS = dict(zip("qwertyuiopasdfghjklzxcvbnm", "ㅂㅈㄷㄱㅅㅛㅕㅑㅐㅔㅁㄴㅇㄹㅎㅗㅓㅏㅣㅋㅌㅊㅍㅠㅜㅡ", strict=True))
 SOUNDS = "".join(dict.fromkeys("".join(PARTS.get(letter, ALIKE.get(letter, letter)) for letter in INITIALS + VOWELS)))
-START, PAUSE, OTHER = b"\x01", b"\x02", b"\x03"
+# Where a sentence ends, and any other letter. A text begins with 1 (bemore/care.py), and 0 stands between letters.
+PAUSE, OTHER = b"\x02", b"\x03"
 # NFKC turns a lone ㅈ into the first letter of a syllable (U+110C); people write it as U+3148.
 LONE = {0x1100 + at: letter for at, letter in enumerate(INITIALS)}
 LONE |= {0x1161 + at: letter for at, letter in enumerate(VOWELS)}

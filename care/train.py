@@ -22,7 +22,8 @@ sys.path.insert(0, str(HERE.parent))
 from bemore import care  # noqa: E402
 from bemore.sounds import plain  # noqa: E402
 
-Sets = Mapping[str, Sequence[tuple[str, str]]]  # by name: (group, sentence)
+# For each set by name its rows: group and sentence.
+Sets = Mapping[str, Sequence[tuple[str, str]]]
 
 SIGNS = {
     "explicit": care.Signal.EXPLICIT,
