@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, Locator, Page, Route, async_playwright, expect
-from support import ScriptedCounsellor, Server, Wire, hear, make_settings, serve
+from support import Server, Serving, Wire, hear
 from tools import PATIENCE, until
 
 HERE = Path(__file__).parent
@@ -71,10 +71,9 @@ async def browser_fixture(tmp_path_factory: pytest.TempPathFactory) -> AsyncIter
 
 
 @pytest_asyncio.fixture(name="site", loop_scope="module")
-async def site_fixture(counsellor: ScriptedCounsellor, tmp_path: Path) -> AsyncIterator[Server]:
+async def site_fixture(serving: Serving) -> AsyncIterator[Server]:
     """As conftest.py's server, in the browser's loop."""
-    settings = make_settings(f"sqlite:///{tmp_path}/test.db", MAX_AI_REQUESTS_PER_MINUTE=6000)
-    async with serve(settings, counsellor) as running:
+    async with serving() as running:
         yield running
 
 

@@ -620,6 +620,7 @@ class Serving:
         limits: Limits | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        port: int = 0,
         send_bytes: int = 0,
         **values: object,
     ) -> AbstractAsyncContextManager[Server]:
@@ -627,7 +628,7 @@ class Serving:
         counsellor = self._counsellor or make_counsellor(settings)
         storage = FaultyStorage(make_storage(settings))
         options: dict[str, Any] = {"limits": limits, "clock": clock, "monotonic": monotonic}
-        return serve(settings, counsellor, storage, send_bytes=send_bytes, **options)
+        return serve(settings, counsellor, storage, port, send_bytes, **options)
 
 
 class Wire:

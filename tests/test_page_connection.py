@@ -13,7 +13,7 @@ from aiohttp import web
 from page import START, Visit, browser_fixture, site_fixture, still_fixture, visit_fixture, visiting  # noqa: F401
 from playwright.async_api import Browser, Route, expect
 from standin import GeminiStandIn, event
-from support import CANARY, Program, ScriptedCounsellor, Server, make_settings, serve, started
+from support import CANARY, Program, ScriptedCounsellor, Server, Serving, started
 from tools import until
 
 from bemore.storage import NewTurn
@@ -55,7 +55,7 @@ async def test_a_connection_that_breaks_in_a_reply_costs_nothing(visit: Visit, c
 
 
 @pytest.mark.parametrize("woken", [True, False])
-async def test_words_after_a_dead_connection_are_answered_within_five_seconds(still: Visit, woken: bool) -> None:
+async def test_words_after_a_dead_connection_are_answered_soon(still: Visit, woken: bool) -> None:
     """A phone that was locked has a socket, and a kept HTTP connection, that look open and are dead."""
     if woken:
         await still.hide(True)
@@ -111,7 +111,7 @@ async def test_the_page_pings_every_15_seconds_and_gives_up_after_5(still: Visit
     await still.state("연결 안 됨")
 
 
-async def test_pauses_grow_with_jitter_and_stay_short_while_words_wait(visit: Visit) -> None:
+async def test_pauses_grow_but_stay_short_while_words_wait(visit: Visit) -> None:
     await visit.page.evaluate(
         "() => { const plain = setTimeout; window.pauses = []; Math.random = () => [0, 0.5, 1][pauses.length % 3];"
         " window.setTimeout = (action, ms, ...rest) => (action === connect ? pauses.push(ms) && 0"
@@ -189,9 +189,7 @@ async def killable(folder: Path) -> AsyncIterator[Killable]:
 
 
 @pytest.mark.parametrize("answer", [silence, half])
-async def test_after_a_killed_server_the_page_asks_again_within_five_seconds(
-    browser: Browser, tmp_path: Path, answer: Any
-) -> None:
+async def test_after_a_killed_server_the_page_asks_again_soon(browser: Browser, tmp_path: Path, answer: Any) -> None:
     async with killable(tmp_path) as server:
         server.gemini.answers.append(answer)
         async with visiting(browser, server, clock=True, network_errors=True) as visit:
@@ -250,12 +248,11 @@ async def test_a_reply_that_another_process_stored_is_shown(still: Visit, site: 
 # Sessions
 
 
-SECRET = {"JWT_SECRET_KEY": "0123456789abcdef" * 2, "REQUIRE_SESSION_TOKEN": 1, "AUTO_CREATE_SESSIONS": 0}
+SECRET: dict[str, Any] = {"JWT_SECRET_KEY": "b" * 32, "REQUIRE_SESSION_TOKEN": 1, "AUTO_CREATE_SESSIONS": 0}
 
 
-async def test_with_tokens_everything_goes_on_as_before(browser: Browser, tmp_path: Path) -> None:
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db", **SECRET)
-    async with serve(settings, ScriptedCounsellor()) as site, visiting(browser, site) as visit:
+async def test_with_tokens_everything_goes_on_as_before(browser: Browser, serving: Serving) -> None:
+    async with serving(**SECRET) as site, visiting(browser, site) as visit:
         await visit.write(CANARY)
         await visit.replied(f"들은 말: {CANARY}")
         await visit.page.reload()
@@ -273,10 +270,9 @@ async def test_the_token_of_a_pong_takes_the_old_ones_place(visit: Visit) -> Non
     assert await visit.page.evaluate(f"[session.token, {kept}.token]") == ["fresh", "fresh"]
 
 
-async def test_words_to_an_expired_session_are_sent_once_more_to_a_new_one(browser: Browser, tmp_path: Path) -> None:
+async def test_words_to_an_expired_session_are_sent_to_a_new_one(browser: Browser, serving: Serving) -> None:
     """The session is gone, and the page does not know: no notice came and its socket is open."""
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db", AUTO_CREATE_SESSIONS=0)
-    async with serve(settings, ScriptedCounsellor()) as site, visiting(browser, site, network_errors=True) as visit:
+    async with serving(AUTO_CREATE_SESSIONS=0) as site, visiting(browser, site, network_errors=True) as visit:
         await visit.write("먼저 한 말이에요")
         await visit.replied("들은 말: 먼저 한 말이에요")
         gone = await visit.session_id()
@@ -292,16 +288,13 @@ async def test_words_to_an_expired_session_are_sent_once_more_to_a_new_one(brows
         assert await visit.asked(3)
 
 
-async def test_a_session_whose_token_is_refused_is_made_anew(browser: Browser, tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/a.db"
+async def test_a_session_whose_token_is_refused_is_made_anew(browser: Browser, serving: Serving) -> None:
     async with contextlib.AsyncExitStack() as first:
-        old = make_settings(url, **SECRET)
-        site = await first.enter_async_context(serve(old, ScriptedCounsellor()))
+        site = await first.enter_async_context(serving(**SECRET))
         async with visiting(browser, site, network_errors=True) as visit:
             refused = await visit.session_id()
             await first.aclose()
-            new = make_settings(url, **{**SECRET, "JWT_SECRET_KEY": "b" * 32})
-            async with serve(new, ScriptedCounsellor(), port=site.address[1]):
+            async with serving(port=site.address[1], **{**SECRET, "JWT_SECRET_KEY": "c" * 32}):
                 await visit.until(f"connection === 'connected' && session.id !== '{refused}'", True)
                 await visit.write(CANARY)
                 await visit.replied(f"들은 말: {CANARY}")
@@ -321,10 +314,9 @@ async def test_a_handshake_with_an_expired_token_begins_a_new_session(visit: Vis
     visit.errors.clear()
 
 
-async def test_what_is_said_while_the_server_is_away_is_sent_when_it_is_back(browser: Browser, tmp_path: Path) -> None:
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
+async def test_what_is_said_without_a_server_is_sent_later(browser: Browser, serving: Serving) -> None:
     async with contextlib.AsyncExitStack() as first:
-        site = await first.enter_async_context(serve(settings, ScriptedCounsellor()))
+        site = await first.enter_async_context(serving())
         async with visiting(browser, site, network_errors=True) as visit:
             await first.aclose()
             await visit.state("연결 안 됨")
@@ -336,7 +328,7 @@ async def test_what_is_said_while_the_server_is_away_is_sent_when_it_is_back(bro
             unreachable = "지금은 서버에 연결할 수 없습니다. 잠시 뒤에 다시 해 주세요."
             await expect(visit["#history-note"]).to_have_text(unreachable)
             await visit["#close-history"].click()
-            async with serve(settings, ScriptedCounsellor(), port=site.address[1]):
+            async with serving(port=site.address[1]):
                 await visit.replied(f"들은 말: {CANARY}")
 
 
@@ -392,7 +384,7 @@ async def second_tab(visit: Visit) -> AsyncIterator[Visit]:
     assert not other.errors
 
 
-async def test_only_the_tab_that_asked_reads_aloud_and_both_show_the_turn(visit: Visit) -> None:
+async def test_only_the_tab_that_asked_reads_a_reply_aloud(visit: Visit) -> None:
     async with second_tab(visit) as other:
         await visit.speak(CANARY)
         await visit.replied(f"들은 말: {CANARY}")

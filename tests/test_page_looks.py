@@ -8,9 +8,8 @@ import pytest
 from axe_playwright_python.async_playwright import Axe  # type: ignore[import-untyped]
 from page import ROOT, Visit, browser_fixture, rules_fixture, site_fixture, visit_fixture, visiting  # noqa: F401
 from playwright.async_api import Browser, Page, expect
-from support import CANARY, ScriptedCounsellor, Server, hear, make_settings, serve
+from support import CANARY, ScriptedCounsellor, Server, Serving, hear
 
-from bemore.demo import Demo
 from bemore.storage import NewTurn
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -69,8 +68,7 @@ async def test_the_card_says_what_the_server_says(rules: Page, facts: tuple[str,
 
 
 async def test_the_demo_says_so(browser: Browser, tmp_path: Path) -> None:
-    settings = make_settings(f"sqlite:///{tmp_path}/a.db")
-    async with serve(settings, Demo()) as site, visiting(browser, site, first_screen=True) as visit:
+    async with Serving(tmp_path)() as site, visiting(browser, site, first_screen=True) as visit:
         await expect(visit["#who"]).to_contain_text("체험 모드")
         await visit["#begin"].click()
         await visit.write("오늘은 비가 왔어요")
@@ -235,7 +233,7 @@ async def test_a_low_screen_is_one_scrolling_column(browser: Browser, site: Serv
         await expect(visit["#open-about"]).to_be_in_viewport(ratio=1)
 
 
-async def test_an_opening_keyboard_keeps_field_and_newest_words_in_sight(visit: Visit) -> None:
+async def test_an_opening_keyboard_keeps_newest_words_in_sight(visit: Visit) -> None:
     for number in range(8):
         await visit.write(f"{number}번째로 하는 말")
         await visit.replied(f"들은 말: {number}번째로 하는 말")

@@ -1,12 +1,11 @@
 """The page: a conversation, its states, what is written, and what is stopped."""
 
 import asyncio
-from pathlib import Path
 
 import pytest
 from page import START, Visit, browser_fixture, site_fixture, still_fixture, visit_fixture, visiting  # noqa: F401
 from playwright.async_api import Browser, expect
-from support import CANARY, ScriptedCounsellor, Server, hear, make_settings, serve
+from support import CANARY, ScriptedCounsellor, Server, Serving, hear
 from tools import PATIENCE, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -218,9 +217,8 @@ async def test_a_reply_of_which_nothing_comes_is_given_up(still: Visit, counsell
     await expect(still[".note"]).to_be_hidden()
 
 
-async def test_the_rate_is_said_with_the_wait(browser: Browser, tmp_path: Path) -> None:
-    settings = make_settings(f"sqlite:///{tmp_path}/test.db", MAX_AI_REQUESTS_PER_MINUTE=1)
-    async with serve(settings, ScriptedCounsellor()) as site, visiting(browser, site) as visit:
+async def test_the_rate_is_said_with_the_wait(browser: Browser, serving: Serving) -> None:
+    async with serving(MAX_AI_REQUESTS_PER_MINUTE=1) as site, visiting(browser, site) as visit:
         await visit.write(CANARY)
         await visit.replied(f"들은 말: {CANARY}")
         await visit.write("곧바로 또 하는 말")
