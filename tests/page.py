@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, Locator, Page, Route, async_playwright, expect
 from support import Server, Serving, Wire, hear
-from tools import PATIENCE, until
+from tools import PATIENCE, program_of, until
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -51,10 +50,7 @@ expect.set_options(timeout=PATIENCE * 1000)
 @contextlib.asynccontextmanager
 async def running_browser(folder: Path) -> AsyncIterator[Browser]:
     """Run Debian's Chromium with fonts-nanum alone, where that is installed: it has no emoji."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        assert not os.environ.get("CI"), "chromium is missing"
-        pytest.skip("chromium is not installed")
+    program = program_of("chromium", "chromium-browser")
     fonts = folder / "fonts.conf"
     fonts.write_text(FONTS.format(fonts=FONTS_FOLDER, cache=folder))
     environment: dict[str, str | float | bool] = {**os.environ, "FONTCONFIG_FILE": str(fonts)}

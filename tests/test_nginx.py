@@ -7,7 +7,6 @@ import io
 import itertools
 import os
 import re
-import shutil
 import signal
 import ssl
 import subprocess
@@ -35,7 +34,7 @@ from support import (
     text_of,
     token_for,
 )
-from tools import PATIENCE, until
+from tools import PATIENCE, program_of, until
 
 DEPLOYMENT, FRONTEND = text_of_file("docs/deployment.md"), text_of_file("docs/frontend.md")
 PEOPLE = 20
@@ -58,14 +57,6 @@ http {{
 {block}
 }}
 """
-
-
-def program_of(name: str) -> str:
-    program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None:
-        assert not os.environ.get("CI"), f"{name} is missing"
-        pytest.skip(f"{name} is not installed")
-    return program
 
 
 @pytest.fixture(scope="session")
