@@ -1,14 +1,14 @@
 """A page of another origin calls the server in a real Chromium, with the headers that the public frontend sends."""
 
-import os
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from playwright.async_api import Page, async_playwright
+from page import running_browser
+from playwright.async_api import Page
 from support import SECRET, Serving
 
 CALL = """
@@ -58,23 +58,15 @@ async def another_origin() -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-@asynccontextmanager
-async def opened(origin: str) -> AsyncIterator[Page]:
-    """Open the page of an origin in Chromium."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        assert not os.environ.get("CI"), "chromium is missing"
-        pytest.skip("chromium is not installed")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        page = await browser.new_page()
+@pytest.fixture
+async def page(tmp_path: Path) -> AsyncIterator[Page]:
+    async with running_browser(tmp_path) as browser:
+        yield await browser.new_page()
+
+
+async def test_a_frontend_of_an_allowed_origin_calls_every_route(serving: Serving, page: Page) -> None:
+    async with another_origin() as origin:
         await page.goto(origin)
-        yield page
-        await browser.close()
-
-
-async def test_a_frontend_of_an_allowed_origin_calls_every_route(serving: Serving) -> None:
-    async with another_origin() as origin, opened(origin) as page:
         async with serving(ALLOWED_ORIGINS=origin, JWT_SECRET_KEY=SECRET, MAX_NEW_SESSIONS_PER_MINUTE=1) as server:
 
             async def call(path: str, method: str = "GET", token: str = "") -> dict[str, Any]:
@@ -94,8 +86,9 @@ async def test_a_frontend_of_an_allowed_origin_calls_every_route(serving: Servin
             assert (await call(f"/api/sessions/{session_id}", "DELETE", token))["status"] == 204
 
 
-async def test_a_page_of_any_other_origin_is_refused_by_the_browser(serving: Serving) -> None:
-    async with another_origin() as origin, opened(origin) as page:
+async def test_a_page_of_any_other_origin_is_refused_by_the_browser(serving: Serving, page: Page) -> None:
+    async with another_origin() as origin:
+        await page.goto(origin)
         async with serving(ALLOWED_ORIGINS="https://app.example") as server:
             for path, method in (("/api/sessions", "POST"), ("/health", "GET")):
                 answer = await page.evaluate(CALL, [server.url + path, method, ""])

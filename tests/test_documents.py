@@ -3,9 +3,7 @@
 import ast
 import asyncio
 import logging
-import os
 import re
-import shutil
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -19,7 +17,7 @@ from aiohttp.test_utils import make_mocked_request
 from documents import DOCUMENTS, ROOT, blocks, names, prose, rows, section, tables, text_of_file
 from dotenv import dotenv_values
 from jsonschema import Draft202012Validator
-from playwright.async_api import async_playwright
+from page import running_browser
 from support import Frontend, ScriptedCounsellor, Server, make_settings, serve
 
 from bemore.counsellor import Emotion, Failed
@@ -467,15 +465,10 @@ async def type_in(source: str) -> None:
     await variables["http"].close()
 
 
-async def test_readmes_javascript_works_in_a_browser() -> None:
+async def test_readmes_javascript_works_in_a_browser(tmp_path: Path) -> None:
     """It shows a reply, and after a lost connection it comes back and shows nothing twice."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        assert not os.environ.get("CI"), "chromium is missing"
-        pytest.skip("chromium is not installed")
     printed: asyncio.Queue[str] = asyncio.Queue()
-    async with serve(make_settings(), Demo()) as server, async_playwright() as playwright, asyncio.timeout(60):
-        browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    async with serve(make_settings(), Demo()) as server, running_browser(tmp_path) as browser, asyncio.timeout(60):
         page = await browser.new_page()
         await page.goto(server.url)
         page.on("console", lambda message: printed.put_nowait(message.text))
@@ -498,6 +491,5 @@ async def test_readmes_javascript_works_in_a_browser() -> None:
         await type_into_console(f"await new Promise((done) => {opened})")
         await type_into_console("say('ping')")
         assert (await printed.get()).startswith("pong")
-        await browser.close()
     assert lines[0].startswith("ai_stream_begin")
     assert "체험용" in "".join(line.removeprefix("ai_stream_chunk ") for line in lines)

@@ -5,8 +5,6 @@ import json
 import socket
 import struct
 import time
-import tracemalloc
-import zlib
 from collections import deque
 from collections.abc import AsyncIterator
 from email.utils import formatdate
@@ -140,36 +138,13 @@ async def test_google_genai_sends_the_same_and_reads_the_same(gemini: GeminiStan
 # The shapes of a stream
 
 
-def bomb(size: int) -> bytes:
-    """So many zeros, as gzip."""
-    gzip, zeros = zlib.compressobj(level=1, wbits=31), bytes(1024 * 1024)
-    return b"".join(gzip.compress(zeros) for _ in range(size // len(zeros))) + gzip.flush()
-
-
-async def test_a_compressed_answer_is_refused_unread(gemini: GeminiStandIn, model: Gemini) -> None:
-    await warm()
-    gemini.description = gemini.default = stream(bomb(1024 * 1024 * 1024), headers={"Content-Encoding": "gzip"})
-    tracemalloc.start()
-    try:
-        texts, failure = await failure_of(model)
-        async with client_for(gemini.url):
-            await until(lambda: len(gemini.warmed) == 2)
-            await warm()
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert texts == []
-    assert "Content-Encoding" in failure.cause
-    assert len(gemini.requests) == 1
-    assert gemini.requests[0]["headers"]["Accept-Encoding"] == "identity"
-    assert peak < 32 * 1024 * 1024
-
-
-@pytest.mark.parametrize("encoding", ["deflate", "br", "zstd", "GZIP", "gzip, gzip", "unheard-of"])
+@pytest.mark.parametrize("encoding", ["gzip", "br", "GZIP", "unheard-of"])
 async def test_no_encoding_but_identity_is_read(gemini: GeminiStandIn, model: Gemini, encoding: str) -> None:
+    """A few compressed bytes may stand for gigabytes; an answer in another encoding is not read at all."""
     gemini.answers.append(silent_after(headers={"Content-Encoding": encoding}))
     _, failure = await failure_of(model)
     assert "Content-Encoding" in failure.cause
+    assert gemini.requests[0]["headers"]["Accept-Encoding"] == "identity"
     gemini.answers.append(stream(event("가", "STOP"), headers={"Content-Encoding": "identity"}))
     assert await read(model) == ["가"]
 

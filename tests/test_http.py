@@ -14,7 +14,6 @@ import jwt
 import pytest
 from support import SECRET, Frontend, ScriptedCounsellor, Server, Serving, handshake, logged, token_for
 from tools import until
-from yarl import URL
 
 from bemore.api import API, ModelHealth
 from bemore.log import LogLimit
@@ -22,17 +21,15 @@ from bemore.refusals import HTTP_ERRORS, SECURITY_HEADERS, HttpRefusal
 from bemore_voice import __version__
 
 ALLOWED = "https://app.example"
-HANDSHAKE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-HANDSHAKE["Sec-WebSocket-Key"] = "MDEyMzQ1Njc4OWFiY2RlZg=="
 
 
-async def refused(server: Server, path: str, **options: Any) -> tuple[int, str]:
+async def refused(server: Server, path: str, *, token: str = "", **headers: str) -> tuple[int, str]:
     """Return the status and code by which a handshake is refused."""
-    headers = {**HANDSHAKE, **options.pop("headers", {})}
-    async with server.http.get(server.url + path, headers=headers, **options) as response:
-        body = await response.json()
-        assert (response.status, body["error"]) == HTTP_ERRORS[body["code"]]
-        return response.status, body["code"]
+    async with server.knock(handshake(f"{path}?token={token}" if token else path, **headers)) as peer:
+        status, _, body = await peer.answer()
+    answer = json.loads(body)
+    assert (status, answer["error"]) == HTTP_ERRORS[answer["code"]]
+    return status, answer["code"]
 
 
 async def no_session_was_made(server: Server) -> bool:
@@ -81,8 +78,7 @@ async def test_a_bad_handshake_is_told_to_upgrade(server: Server, before: bytes,
 
 @pytest.mark.parametrize(("method", "status"), [("GET", 426), ("HEAD", 405)])
 async def test_a_request_that_is_no_handshake_opens_nothing(server: Server, method: str, status: int) -> None:
-    headers = HANDSHAKE if method == "HEAD" else {}
-    async with server.http.request(method, f"{server.url}/ws/session/s", headers=headers) as response:
+    async with server.http.request(method, f"{server.url}/ws/session/s") as response:
         assert response.status == status
     assert await no_session_was_made(server)
 
@@ -96,8 +92,7 @@ async def test_a_session_id_may_hold_any_printable_text(server: Server, session_
 
 @pytest.mark.parametrize("path", ["", "a" * 256, "a%0Ab"])
 async def test_any_other_session_id_is_refused(server: Server, path: str) -> None:
-    async with server.http.get(URL(f"{server.url}/ws/session/{path}", encoded=True), headers=HANDSHAKE) as response:
-        assert (response.status, (await response.json())["code"]) == (400, "invalid_session_id")
+    assert await refused(server, f"/ws/session/{path}") == (400, "invalid_session_id")
 
 
 async def test_the_ninth_socket_of_a_session_is_refused(server: Server) -> None:
@@ -279,8 +274,9 @@ async def test_every_answer_has_the_security_headers(server: Server) -> None:
     async with server.http.get(f"{server.url}/") as response:
         own = {**SECURITY_HEADERS, "Content-Security-Policy": response.headers["Content-Security-Policy"]}
         assert own.items() <= dict(response.headers).items()
-    async with server.http.get(f"{server.url}/ws/session/가", headers=HANDSHAKE) as response:
-        assert (response.status, response.headers["Server"]) == (101, "BeMore voice")
+    async with server.knock(handshake("/ws/session/가")) as peer:
+        status, headers, _ = await peer.answer()
+        assert (status, headers["server"]) == (101, "BeMore voice")
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("DELETE", "/health", 405)])
@@ -314,7 +310,7 @@ async def guarded(serving: Serving) -> AsyncIterator[Server]:
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", ""])
 async def test_another_origin_is_refused_everywhere(guarded: Server, origin: str) -> None:
-    assert await refused(guarded, "/ws/session/x", headers={"Origin": origin}) == (403, "origin_not_allowed")
+    assert await refused(guarded, "/ws/session/x", Origin=origin) == (403, "origin_not_allowed")
     for method, path in (("POST", "/api/sessions"), ("OPTIONS", "/api/sessions"), ("GET", "/"), ("GET", "/health")):
         async with guarded.http.request(method, guarded.url + path, headers={"Origin": origin}) as response:
             assert (response.status, (await response.json())["code"]) == (403, "origin_not_allowed")
@@ -339,7 +335,7 @@ async def test_a_strangers_name_for_this_machine_is_refused(guarded: Server) -> 
         for path in ("/", "/health", "/api/sessions/x/conversations"):
             async with guarded.http.get(guarded.url + path, headers=headers) as response:
                 assert (response.status, (await response.json())["code"]) == (403, "origin_not_allowed")
-        assert await refused(guarded, "/ws/session/x", headers=headers) == (403, "origin_not_allowed")
+        assert await refused(guarded, "/ws/session/x", **headers) == (403, "origin_not_allowed")
     for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "app.example"):
         async with guarded.http.get(f"{guarded.url}/health", headers={"Host": host}) as response:
             assert response.status == 200
@@ -364,7 +360,7 @@ async def test_the_scheme_that_a_proxy_names_counts_if_it_is_trusted(
             async with server.connect(headers=headers) as client:
                 await client.silent()
             headers["Origin"] = "http://voice.example"
-        assert await refused(server, "/ws/session/x", headers=headers) == (403, "origin_not_allowed")
+        assert await refused(server, "/ws/session/x", **headers) == (403, "origin_not_allowed")
 
 
 FRONTEND_HEADERS = "authorization,content-type,x-client-version,x-csrf-token,x-device-id,x-request-id,x-timestamp"
@@ -416,9 +412,9 @@ async def test_a_refused_origin_is_logged_with_its_setting(serving: Serving) -> 
     clock = [0.0]
     behind_tls = {"Host": "voice.example", "Origin": "https://voice.example", "X-Forwarded-Proto": "wss"}
     async with serving(HOST="0.0.0.0", monotonic=lambda: clock[0]) as server:
-        await refused(server, "/ws/session/hush", headers={"Origin": "http://localhost:3000"})
+        await refused(server, "/ws/session/hush", Origin="http://localhost:3000")
         clock[0] += 60
-        await refused(server, "/ws/session/hush", headers=behind_tls)
+        await refused(server, "/ws/session/hush", **behind_tls)
     assert refusals() == [
         "WARNING refused=origin_not_allowed origin=http://localhost:3000 setting=ALLOWED_ORIGINS",
         "WARNING refused=origin_not_allowed origin=https://voice.example setting=TRUST_PROXY",
@@ -426,11 +422,11 @@ async def test_a_refused_origin_is_logged_with_its_setting(serving: Serving) -> 
 
 
 async def test_a_logged_refusal_holds_no_token_and_no_id(serving: Serving) -> None:
-    async with serving(JWT_SECRET_KEY=SECRET, MAX_CONNECTIONS=1, MAX_NEW_SESSIONS_PER_MINUTE=1) as server:
+    async with serving(JWT_SECRET_KEY=SECRET, MAX_CONNECTIONS=2, MAX_NEW_SESSIONS_PER_MINUTE=1) as server:
         assert await refused(server, "/ws/session/hush?token=hush") == (401, "invalid_token")
         assert [(await new_session(server))[0] for _ in range(2)] == [201, 429]
-        # The connection of those requests is kept alive, so that this one is over the limit.
-        async with server.knock(handshake("/ws/session/hush?token=hush")) as peer:
+        # The connection of those requests is kept alive, so that the second one here is over the limit.
+        async with server.knock(), server.knock(handshake("/ws/session/hush?token=hush")) as peer:
             assert (await peer.answer())[0] == 503
     assert refusals() == [
         "WARNING refused=invalid_token setting=JWT_SECRET_KEY",
@@ -456,9 +452,8 @@ async def test_a_token_opens_its_session_only(serving: Serving, required: int) -
             async with server.connect(made["session_id"], **options) as client:
                 await client.silent()
         for bad in (made["token"], token_for("s", exp=1)):
-            assert await refused(server, "/ws/session/s", params={"token": bad}) == (401, "invalid_token")
-            headers = {"Authorization": f"Bearer {bad}"}
-            assert await refused(server, "/ws/session/s", headers=headers) == (401, "invalid_token")
+            assert await refused(server, "/ws/session/s", token=bad) == (401, "invalid_token")
+            assert await refused(server, "/ws/session/s", Authorization=f"Bearer {bad}") == (401, "invalid_token")
         if required:
             assert await refused(server, "/ws/session/s") == (401, "invalid_token")
         else:
@@ -475,7 +470,7 @@ async def test_after_a_rotation_the_new_secret_signs_and_both_verify(serving: Se
             async with server.connect("s", params={"token": token}) as client:
                 await client.silent()
         foreign = token_for("s", secret="f" * 32)
-        assert await refused(server, "/ws/session/s", params={"token": foreign}) == (401, "invalid_token")
+        assert await refused(server, "/ws/session/s", token=foreign) == (401, "invalid_token")
 
 
 async def pong(client: Frontend) -> dict[str, Any]:
@@ -497,6 +492,6 @@ async def test_a_pong_carries_a_fresh_token_after_half_of_its_life(serving: Serv
             assert "token" not in await pong(client)
             assert "token" not in await pong(without)
         clock[0] += 2000
-        assert await refused(server, "/ws/session/s", params={"token": token}) == (401, "invalid_token")
+        assert await refused(server, "/ws/session/s", token=token) == (401, "invalid_token")
         async with server.connect("s", params={"token": frame["token"]}) as client:
             await client.silent()
