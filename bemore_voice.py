@@ -911,10 +911,10 @@ def make_runner(app: web.Application) -> LimitedRunner:
         app,
         max_connections=app[API].settings.max_connections,
         header_seconds=limits.header_seconds,
-        access_log=None,  # its lines would hold session ids and tokens
-        auto_decompress=False,  # of bodies, which nobody reads
+        access_log=None,  # Its lines would hold session ids and tokens.
+        auto_decompress=False,  # No route uses a body.
         keepalive_timeout=limits.keepalive_seconds,
-        lingering_time=limits.close_seconds,  # for what is left of a refused body
+        lingering_time=limits.close_seconds,
         shutdown_timeout=limits.close_seconds,
     )
 
@@ -923,8 +923,9 @@ def make_runner(app: web.Application) -> LimitedRunner:
 
 
 def allow_open_files(wanted: int) -> None:
-    """Raise this process's limit on open files as far as it may: a common default is 1,024."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has none, macOS caps it lower than it says
+    """Raise this process's limit on open files to `wanted` if possible: a common default is 1,024."""
+    # Windows has no such limit, and macOS refuses values below the maximum that it reports.
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -973,7 +974,8 @@ def make_counsellor(settings: Settings) -> Counsellor:
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain; raise ConfigError where the start fails."""
     runner = make_runner(create_app(settings, make_storage(settings), make_counsellor(settings)))
-    allow_open_files(2 * settings.max_connections + 100)  # while a reply streams its session has two connections
+    # A session whose reply streams has two connections: to the client and to the model.
+    allow_open_files(2 * settings.max_connections + 100)
     asyncio.get_running_loop().set_exception_handler(StrayExceptionLog())
     if settings.weak_secret:
         logger.warning("JWT_SECRET_KEY: tokens can be forged by guessing it, take %d random bytes", MIN_SECRET_BYTES)
@@ -981,14 +983,15 @@ async def serve(settings: Settings) -> None:
         await runner.setup()
         try:
             await make_site(runner, settings.host, settings.port).start()
-        except (OSError, UnicodeError) as error:  # also a name that no name server may be asked for
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that is no host name
             reason = getattr(error, "strerror", "no such name")
             raise ConfigError(f"HOST, PORT: cannot listen on {settings.host}:{settings.port} ({reason})") from None
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            # Not signal.signal(): the kernel may hand a signal to SQLite's thread, and an idle loop would sleep on.
-            with contextlib.suppress(NotImplementedError):  # Windows, where Ctrl-C ends the loop by itself
+            # signal.signal() would not wake an idle event loop if the kernel gave the signal to SQLite's thread.
+            # Windows has no add_signal_handler(); there Ctrl-C raises KeyboardInterrupt.
+            with contextlib.suppress(NotImplementedError):
                 loop.add_signal_handler(number, stop.set)
         host, port = runner.addresses[0][:2]
         host = f"[{host}]" if ":" in host else host
@@ -996,7 +999,8 @@ async def serve(settings: Settings) -> None:
         where = services.storage.description
         answers = "demo mode, replies are canned" if settings.demo else f"model {services.counsellor.name}"
         answers += f" at {settings.openai_base_url}" if services.counsellor.kind == "openai" else ""
-        gc.freeze()  # what the imports made stays for good: without it full collections are cheap, and come in time
+        # Objects made by the imports live as long as the process; full collections need not visit them.
+        gc.freeze()
         logger.info("BeMore voice %s on http://%s:%d, %s, %s", __version__, host, port, where, answers)
         await stop.wait()
     finally:

@@ -401,10 +401,10 @@ class Conversation:
         if not self.at_risk:
             self.at_risk = True
             self._actions.append(Mark())
-        quiet = [self._quiet[other] for other in COVERED_BY[signal] if other in self._quiet]
-        if any(quiet) and not always:
+        told = [other for other in COVERED_BY[signal] if other in self._quiet]
+        if any(self._quiet[other] for other in told) and not always:
             return
-        sentence = (self._short if quiet else self._first)[signal]
+        sentence = (self._short if told else self._first)[signal]
         self._quiet[signal] = QUIET_TURNS + 1
         turn.sentence_for = signal
         self._outbox.say(turn.reply, f" {sentence}" if turn.reply.begun else sentence, urgent=True)

@@ -733,7 +733,7 @@ PLANTED = {
         " and self._closed is not ERASED:\n            self._unreported",
         ":\n            self._unreported",
     ),
-    "a sentence in every turn": ("if any(quiet) and not always:", "if False:"),
+    "a sentence in every turn": ("if any(self._quiet[other] for other in told) and not always:", "if False:"),
     "a session that is forgotten with its peers": (
         "not self._outbox.keeps(now) and not self.peers and",
         "not self._outbox.keeps(now) and",
