@@ -31,7 +31,7 @@ KEY = "a-key-that-is-not-to-be-seen"
 @pytest.fixture
 async def impatient(serving_gemini: Serving) -> AsyncIterator[tuple[Server, Frontend]]:
     """A server with little patience for the stand-in, and a socket of it."""
-    async with serving_gemini(GEMINI_API_KEY=KEY, FIRST_CHUNK_TIMEOUT_SECONDS=4, CHUNK_TIMEOUT_SECONDS=0.5) as server:
+    async with serving_gemini(GEMINI_API_KEY=KEY, FIRST_CHUNK_TIMEOUT_SECONDS=2.5, CHUNK_TIMEOUT_SECONDS=0.5) as server:
         async with server.connect() as client:
             yield server, client
 

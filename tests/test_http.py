@@ -18,7 +18,7 @@ from tools import until
 from bemore.api import API, ModelHealth
 from bemore.log import LogLimit
 from bemore.refusals import HTTP_ERRORS, SECURITY_HEADERS, HttpRefusal
-from bemore_voice import __version__
+from bemore_voice import Limits, __version__
 
 ALLOWED = "https://app.example"
 
@@ -232,15 +232,22 @@ async def test_behind_a_trusted_proxy_its_last_address_counts(serving: Serving) 
             assert (await new_session(server, X_Forwarded_For=forwarded))[0] == status
 
 
+@pytest.fixture
+async def hurried(serving: Serving) -> AsyncIterator[Server]:
+    """A server that does not wait long for the rest of a refused body."""
+    async with serving(limits=Limits(close_seconds=0.2)) as running:
+        yield running
+
+
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_of_more_than_16_kib_is_refused(server: Server, chunked: bool) -> None:
+async def test_a_body_of_more_than_16_kib_is_refused(hurried: Server, chunked: bool) -> None:
     async def pieces(size: int) -> AsyncIterator[bytes]:
         for _ in range(size // 1024):
             yield b" " * 1024
 
     for size, status in ((1024, 201), (16 * 1024, 201), (17 * 1024, 413), (4 * 1024 * 1024, 413)):
         data = pieces(size) if chunked else io.BytesIO(b" " * size)
-        async with server.http.post(f"{server.url}/api/sessions", data=data) as response:
+        async with hurried.http.post(f"{hurried.url}/api/sessions", data=data) as response:
             assert response.status == status
             if status == 413:
                 assert (await response.json())["code"] == "body_too_large"
@@ -252,14 +259,14 @@ async def test_a_body_in_any_encoding_is_passed_over(server: Server) -> None:
         assert (await peer.answer())[0] == 201
 
 
-async def test_a_body_that_does_not_come_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_does_not_come_is_refused(hurried: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bemore.refusals.BODY_SECONDS", 0.2)
     head = b"POST /api/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\nslow"
-    async with server.knock(head) as peer:
+    async with hurried.knock(head) as peer:
         status, _, body = await peer.answer()
         assert (status, json.loads(body)["code"]) == (408, "request_timeout")
         await peer.end()
-    assert await no_session_was_made(server)
+    assert await no_session_was_made(hurried)
 
 
 # Headers

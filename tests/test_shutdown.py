@@ -6,7 +6,7 @@ from pathlib import Path
 import aiohttp
 from aiohttp import WSCloseCode
 from support import ScriptedCounsellor, Server, Serving, is_listening, kinds_of, masked, started, text_of
-from tools import open_storage
+from tools import PATIENCE, open_storage
 
 from bemore.care import FIRST, Signal
 from bemore_voice import Limits
@@ -73,6 +73,7 @@ async def test_waiting_and_new_requests_are_refused_but_for_signals(
             assert (await client.frame())["code"] == "ai_unavailable"
             assert text_of(await client.reply()) == FIRST[Signal.INDIRECT]
             assert (await client.frame())["code"] == "ai_unavailable"
+            assert await client.closed() == WSCloseCode.GOING_AWAY
     assert len(counsellor.prompts) == 1
 
 
@@ -104,8 +105,8 @@ async def test_both_say_goodbye_once(server: Server) -> None:
             assert await peer.end() == b""
 
 
-async def test_client_that_says_no_goodbye_holds_nothing_up(server: Server) -> None:
-    async with server.knock() as peer, asyncio.timeout(5):
+async def test_client_that_says_no_goodbye_holds_nothing_up(serving: Serving) -> None:
+    async with serving(limits=Limits(close_seconds=0.2)) as server, server.knock() as peer, asyncio.timeout(PATIENCE):
         await peer.open("/ws/session/s")
         peer.transport.pause_reading()
         async with server.stopping():
