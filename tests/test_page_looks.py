@@ -235,7 +235,7 @@ async def test_a_low_screen_is_one_scrolling_column(browser: Browser, site: Serv
         await expect(visit["#open-about"]).to_be_in_viewport(ratio=1)
 
 
-async def test_an_opening_keyboard_keeps_field_and_newest_words_in_sight(visit: Visit) -> None:
+async def test_an_open_keyboard_keeps_the_newest_words_in_sight(visit: Visit) -> None:
     for number in range(8):
         await visit.write(f"{number}번째로 하는 말")
         await visit.replied(f"들은 말: {number}번째로 하는 말")

@@ -321,7 +321,7 @@ async def test_a_voice_that_does_not_begin_is_said(still: Visit) -> None:
     await expect(still["#stop"]).to_be_hidden()
 
 
-async def test_a_voice_that_never_ends_does_not_hold_up_the_next_sentence(
+async def test_a_voice_that_never_ends_holds_up_no_sentence(
     still: Visit, counsellor: ScriptedCounsellor
 ) -> None:
     counsellor.expect().say("첫 문장이에요. 다음 문장이에요.").end()
