@@ -64,6 +64,7 @@ class World:
         self.admits: Counter[Any] = Counter()
         self.stores: Counter[Any] = Counter()
         self.started: list[Any] = []
+        self.asked: set[Any] = set()  # turns whose model has not ended
         self.withdrawn: set[Any] = set()
         self.sentences: list[tuple[int, str, Any]] = []
         self.marks = 0
@@ -92,6 +93,7 @@ class World:
                     self.started.append(turn)
                     self.reports.append(("admit", turn))
                 case self.module.Stop(turn):
+                    assert turn in self.asked, "a model that is stopped and was not asked, or has ended"
                     # Some reports of a stopped task come late.
                     self.reports = [each for each in self.reports if each != ("model", turn) or self.chance(0.3)]
                 case self.module.Store(turn):
@@ -99,6 +101,7 @@ class World:
                     self.stores[turn] += 1
                     self.reports.append(("store", turn))
                 case self.module.Mark():
+                    assert not self.erased, "a mark of an erased session"
                     self.marks += 1
                 case self.module.Ended(turn, outcome):
                     self.ended[turn] += 1
@@ -208,13 +211,8 @@ class World:
         elif self.chance(0.1):
             self.erased = True
             # What waits to be written is cancelled by the driver.
-            pending = [turn for kind, turn in self.reports if kind in ("admit", "store")]
             self.reports = [each for each in self.reports if each[0] == "pong"]
             self.perform(self.core.erase(self.now))
-            for turn in pending:
-                self.perform(
-                    self.core.failed(turn, self.module.Failure(self.module.ErrorCode.SESSION_EXPIRED), self.now)
-                )
 
     def report(self) -> None:
         if self.reports:
@@ -231,6 +229,7 @@ class World:
                 self.perform(core.admitted(subject, now, at_risk=self.chance(0.1)))
                 if subject.phase is self.module.Phase.STREAMING:
                     self.reports.append(("model", subject))
+                    self.asked.add(subject)
             else:
                 code = self.random.choice(
                     [
@@ -257,8 +256,10 @@ class World:
             self.perform(self.core.noticed(turn, self.random.choice(["explicit", "violence"]), self.now))
             self.reports.append(("model", turn))
         elif draw < 0.9:
+            self.asked.discard(turn)
             self.perform(self.core.streamed(turn, self.now))
-        elif self.is_current(turn):
+        elif self.is_current(turn) and turn.phase is self.module.Phase.STREAMING:
+            self.asked.discard(turn)
             self.perform(self.core.failed(turn, self.module.Failure(self.module.ErrorCode.AI_UNAVAILABLE), self.now))
 
     # The end of a life
@@ -678,18 +679,51 @@ def test_a_late_peer_gets_the_reply_from_its_begin_with_gaps() -> None:
     assert talk.frames("tab") == ["나", "complete"]
 
 
-def test_a_confirmed_reply_is_not_sent_again_and_a_lost_one_is() -> None:
+def test_a_confirmed_reply_is_not_sent_again() -> None:
     talk = Talk()
     talk.finish(talk.stream(talk.admit(talk.ask()), "가"))
     (ping,) = (action for action in talk.actions if isinstance(action, Ping))
+    talk.do(talk.core.receipt("page", ping.seq, talk.now))
     talk.do(talk.core.leave("page", talk.now, said_goodbye=False))
-    talk.do(talk.core.join("again", talk.now))
-    talk.wait()
-    assert talk.frames("again") == ["begin", "가", "complete"]
-    talk.do(talk.core.receipt("again", ping.seq, talk.now))
     talk.do(talk.core.join("later", talk.now))
     talk.wait()
     assert talk.frames("later") == []
+
+
+def test_a_lost_reply_is_sent_to_every_peer_that_joins() -> None:
+    """Only the peer itself knows whether it lost the reply; a client ignores numbers that it has seen."""
+    talk = Talk()
+    talk.finish(talk.stream(talk.admit(talk.ask()), "가"))
+    talk.do(talk.core.leave("page", talk.now, said_goodbye=False))
+    for peer in ("tab", "page again"):
+        talk.do(talk.core.join(peer, talk.now))
+        talk.wait()
+        assert talk.frames(peer) == ["begin", "가", "complete"]
+
+
+def test_a_reply_that_outlives_its_peers_has_no_past_deadline() -> None:
+    talk = Talk()
+    talk.finish(talk.stream(talk.admit(talk.ask()), "가"))
+    turn = talk.stream(talk.admit(talk.ask("둘")), "나")
+    talk.do(talk.core.leave("page", talk.now, said_goodbye=False))
+    talk.wait(2 * KEEP)
+    assert talk.core.deadline() is None
+    talk.finish(turn)
+    deadline = talk.core.deadline()
+    assert deadline is not None
+    assert deadline > talk.now
+
+
+def test_a_cancel_while_the_last_text_waits_ends_the_reply() -> None:
+    talk = Talk()
+    turn = talk.stream(talk.admit(talk.ask()), "가")
+    talk.wait(GAP)
+    talk.stream(turn, "나")
+    talk.do(talk.core.streamed(turn, talk.now))
+    talk.do(talk.core.cancel(talk.now))
+    talk.wait()
+    assert talk.frames() == ["begin", "가", "interrupted"]
+    assert (turn.phase, talk.count(Stop), talk.count(Store)) == (Phase.DONE, 0, 1)
 
 
 def test_a_lost_reply_is_kept_for_its_time_and_then_forgotten() -> None:
@@ -706,8 +740,8 @@ def test_a_lost_reply_is_kept_for_its_time_and_then_forgotten() -> None:
 
 PLANTED = {
     "text after the end": (
-        "if turn.phase is not Phase.STREAMING or not turn.room or not text:",
-        "if not turn.room or not text:",
+        "if turn.phase is not Phase.STREAMING or not text:",
+        "if turn.phase is Phase.ADMITTING or not text:",
     ),
     "an explicit signal that waits": (
         "            self._interrupt()\n            self._outbox.hurry(now, unless=1)",
@@ -715,7 +749,7 @@ PLANTED = {
     ),
     "a helpline sentence that waits for the chunk interval": ("sentence, urgent=True)", "sentence)"),
     "a cancel that drops a signal": ("if turn.signal or turn.failure:\n", "if turn.failure:\n"),
-    "a row that is stored twice": ("        if not storing:\n", "        if True:\n"),
+    "a row that is stored twice": ("        if not being_stored:\n", "        if True:\n"),
     "a failure of a turn that is over": (
         "        if turn is self._current:\n            self._fail",
         "        if True:\n            self._fail",
@@ -738,10 +772,15 @@ PLANTED = {
         "not self._outbox.keeps(now) and not self.peers and",
         "not self._outbox.keeps(now) and",
     ),
-    "an interrupted reply without a row": ("        if not storing:\n", "        if False:\n"),
-    "a lost peer that is not counted": (
-        "reply.lost, reply.expires_at = reply.lost + 1, now",
-        "reply.lost, reply.expires_at = reply.lost, now",
+    "an interrupted reply without a row": ("        if not being_stored:\n", "        if False:\n"),
+    "a lost reply that is not kept": ("reply.lost, reply.expires_at = True, now", "reply.expires_at = now"),
+    "a model that is stopped after its end": (
+        "self._outbox.holds(turn.reply):\n                turn.phase = Phase.STORING\n",
+        "self._outbox.holds(turn.reply):\n",
+    ),
+    "a mark of an erased session": (
+        "            if self._closed is not ERASED:\n                self._actions.append(Mark())",
+        "            self._actions.append(Mark())",
     ),
     "a late peer that gets new frames first": (
         "        if self._behind:\n            peers = tuple",
