@@ -78,7 +78,6 @@ from bemore.storage import (
     NewTurn,
     NoToken,
     Storage,
-    StorageError,
     Unavailable,
     UnknownSession,
 )
@@ -102,14 +101,14 @@ class Limits:
     frames_at_once: int = 60
     frames_per_second: float = 10
     frame_token_bytes: int = 1_500
-    # Longer messages are judged one at a time: the word detector takes up to 15 ms for one.
-    long_message_characters: int = 150
+    # Longer messages are judged one at a time: the word detector takes up to 15 ms for one of 2,000 characters.
+    long_message_characters: int = 600
     # A React hook that keeps the latest frame loses all but the last of those that arrive in one render.
     frame_gap_seconds: float = 0.02
     # The frontend reconnects after 1, 2, 4, 8 and 16 s and gives up after 31 s.
     keep_reply_seconds: float = 35
-    # A protocol ping finds a dead peer within half as much again, which is less than keep_reply_seconds.
-    heartbeat_seconds: float = 20
+    # A dead peer is found within two heartbeats, which is less than keep_reply_seconds.
+    heartbeat_seconds: float = 15
     stall_seconds: float = 10  # for a peer to take a frame
     unsent_bytes: int = 1024 * 1024  # no reply comes near it
     close_seconds: float = 2  # for the peer's half of the closing handshake
@@ -173,7 +172,7 @@ def encode_pong(now_ms: int, token: str = "") -> bytes:
     return encode("pong", {"timestamp": now_ms}, **({"token": token} if token else {}))
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """Return what the person gets for an error of the database or the model, or for a mistake in this server."""
     match error:
         case NoToken():
@@ -216,11 +215,26 @@ def parse_utterance(data: object, now_ms: int) -> Utterance:
     """
     if not isinstance(data, dict) or not isinstance(data.get("message"), str):
         raise Failure(ErrorCode.INVALID_REQUEST)
-    message = unicodedata.normalize("NFC", data["message"]).strip(WHITE_SPACE)
+    message = composed(data["message"]).strip(WHITE_SPACE)
     if not message:
         raise Failure(ErrorCode.EMPTY_MESSAGE)
     emotion, timestamp = parse_emotion(data.get("emotion")), parse_timestamp(data.get("timestamp"), now_ms)
     return Utterance(storable(message), emotion, timestamp)
+
+
+def composed(text: str) -> str:
+    """Return a text in NFC. Of a run of combining marks 30 are kept, as in Unicode's stream-safe format (UAX 15).
+
+    Without this limit composing a run takes the square of its length.
+    """
+    if text.isascii() or (unicodedata.is_normalized("NFC", text[:1_000]) and len(text) <= 1_000):
+        return text
+    marks, kept = 0, []
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks <= 30:
+            kept.append(character)
+    return unicodedata.normalize("NFC", "".join(kept))
 
 
 def parse_emotion(value: object) -> Emotion | None:
@@ -557,8 +571,22 @@ class Session:
 
     def _start(self, tasks: dict[Turn, asyncio.Task[None]], turn: Turn, work: Coroutine[Any, Any, None]) -> None:
         """Start a task of a turn, and keep it among `tasks` until it has ended."""
-        tasks[turn] = task = asyncio.create_task(work)
+        tasks[turn] = task = asyncio.create_task(self._report_failure(turn, work))
         task.add_done_callback(lambda _: tasks.pop(turn))
+
+    async def _report_failure(self, turn: Turn, work: Coroutine[Any, Any, None]) -> None:
+        """Report to the conversation what a task of a turn failed by, a mistake in this server too."""
+        error: BaseException
+        try:
+            return await work
+        except asyncio.CancelledError as cancelled:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            error = cancelled  # A library has cancelled its own work.
+        except Exception as failed:
+            error = failed
+        self._apply(self._conversation.failed(turn, failure_of(error), loop_time()))
 
     def _set_timer(self, deadline: float | None) -> None:
         if self._timer is not None:
@@ -572,33 +600,23 @@ class Session:
         self._apply(self._conversation.tick(loop_time()))
 
     async def _answer(self, turn: Turn) -> None:
-        """Live the life of a request: admit it, ask the model, stream the reply; _store() is its end.
+        """Live the life of a request: admit it, ask the model, stream the reply. `_store` is its end.
 
         The conversation ends an interrupted turn at once. Then Stop cancels this task if it asks the model.
         """
         conversation, services = self._conversation, self._services
-        try:
-            if self._storing:  # The history is to contain the turn before.
-                await asyncio.wait(self._storing.values(), timeout=services.limits.history_seconds)
-            admission = await services.storage.admit(
-                self.id,
-                services.now_us(),
-                services.settings.max_ai_requests_per_minute,
-                create=services.settings.auto_create_sessions,
-            )
-            self._apply(conversation.admitted(turn, loop_time(), at_risk=admission.at_risk))
-            if turn.phase is Phase.STREAMING:
-                prompt = make_prompt(turn, admission.history, at_risk=conversation.at_risk)
-                await self._ask_model(turn, prompt)
-                self._apply(conversation.streamed(turn, loop_time()))
-        except asyncio.CancelledError as stray:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # A library has cancelled its own work; without a report the turn would never end.
-            self._apply(conversation.failed(turn, Failure(ErrorCode.AI_UNAVAILABLE, describe_bug(stray)), loop_time()))
-        except Exception as error:  # The person gets an answer also after a mistake in this server.
-            self._apply(conversation.failed(turn, failure_of(error), loop_time()))
+        if self._storing:  # The history is to contain the turn before.
+            await asyncio.wait(self._storing.values(), timeout=services.limits.history_seconds)
+        admission = await services.storage.admit(
+            self.id,
+            services.now_us(),
+            services.settings.max_ai_requests_per_minute,
+            create=services.settings.auto_create_sessions,
+        )
+        self._apply(conversation.admitted(turn, loop_time(), at_risk=admission.at_risk))
+        if turn.phase is Phase.STREAMING:
+            await self._ask_model(turn, make_prompt(turn, admission.history, at_risk=conversation.at_risk))
+            self._apply(conversation.streamed(turn, loop_time()))
 
     async def _ask_model(self, turn: Turn, prompt: Prompt) -> None:
         """Stream the model's reply into the conversation."""
@@ -623,28 +641,25 @@ class Session:
     async def _store(self, turn: Turn) -> None:
         """Write the row of what was shown; try again for `store_seconds` while the database fails."""
         assert turn.reply is not None
-        words, conversation = turn.utterance, self._conversation
+        words = turn.utterance
         row = NewTurn(words.message, "".join(turn.reply.said), words.emotion, words.timestamp)
         # If the database failed at the admission, it has not created the session yet.
         create = self._services.settings.auto_create_sessions and turn.failure is not None
-        cause, pause = "database: no answer", 0.1
-        try:
-            async with asyncio.timeout(self._services.limits.store_seconds):
-                while True:
-                    try:
-                        await self._services.storage.add_turn(self.id, row, create=create)
-                        break
-                    except Unavailable as error:
-                        cause = error.cause
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, 1)
-        except (TimeoutError, StorageError) as error:
-            failure = failure_of(error) if isinstance(error, StorageError) else Failure(ErrorCode.AI_UNAVAILABLE, cause)
-            if turn.phase is Phase.DONE:
-                logger.warning("session=%s outcome=not_stored cause=%r", anonymous(self.id), failure.cause)
-            self._apply(conversation.failed(turn, failure, loop_time()))
-        else:
-            self._apply(conversation.stored(turn, loop_time()))
+        ends, pause = loop_time() + self._services.limits.store_seconds, 0.1
+        while True:
+            try:
+                async with asyncio.timeout_at(ends):
+                    await self._services.storage.add_turn(self.id, row, create=create)
+                break
+            except (TimeoutError, Unavailable) as error:
+                cause = error.cause if isinstance(error, Unavailable) else "database: no answer"
+                if loop_time() + pause >= ends:
+                    if turn.phase is Phase.DONE:
+                        logger.warning("session=%s outcome=not_stored cause=%r", anonymous(self.id), cause)
+                    raise Unavailable(cause) from None
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1)
+        self._apply(self._conversation.stored(turn, loop_time()))
 
 
 def make_prompt(turn: Turn, history: Iterable[PastTurn], *, at_risk: bool) -> Prompt:
@@ -713,15 +728,19 @@ class Sessions:
 
     async def erase(self, session_id: str) -> None:
         """Erase a session with all it said, and close its sockets; raise StorageError if that is impossible."""
-        session = self._sessions.pop(session_id, None)
-        if session is not None:
-            await session.erase()
-        self.services.marks.discard(session_id)
+        erased = self._sessions.pop(session_id, None)
+        if erased is not None:
+            await erased.erase()
+        await self.services.marks.discard(session_id)
         try:
             await self.services.storage.delete_session(session_id)
         finally:
-            for client in session.clients if session is not None else ():
-                client.close(WSCloseCode.OK, b"erased")
+            # A socket may have been opened meanwhile.
+            for session in (erased, self._sessions.pop(session_id, None)):
+                if session is not None:
+                    await session.erase()
+                    for client in session.clients:
+                        client.close(WSCloseCode.OK, b"erased")
         logger.info("session=%s outcome=erased", anonymous(session_id))
 
     async def drain(self) -> None:
@@ -800,8 +819,8 @@ async def read_messages(client: Client, session: Session, services: Services) ->
     while (message := await client.receive()) is not None:
         data = message.data.encode(errors="replace") if message.type is WSMsgType.TEXT else message.data
         cost = 1 + len(data) / limits.frame_token_bytes
-        while wait := bucket.take(cost, loop_time()):
-            await client.pause(wait)
+        while (wait := bucket.take(cost, loop_time())) and await client.pause(wait):
+            pass
         match message.type:
             case WSMsgType.TEXT:
                 await handle_frame(message.data, client, session, services)

@@ -20,12 +20,16 @@ class Client:
     """The server's end of one WebSocket.
 
     Frames that the peer does not take stay in the transport's buffer. The connection is cut if the buffer exceeds
-    `max_unsent_bytes`, or if something in it is older than `stall_seconds`. All times are in seconds.
+    `max_unsent_bytes`, if something in it is older than `stall_seconds`, or if the peer answers nothing to a ping for
+    `heartbeat_seconds`. All times are in seconds.
     """
 
     __slots__ = (
         "_close_seconds",
         "_gone",
+        "_heard",
+        "_heartbeat",
+        "_heartbeat_seconds",
         "_max_unsent_bytes",
         "_request",
         "_sent_since_check",
@@ -52,7 +56,6 @@ class Client:
         self.ws = web.WebSocketResponse(
             autoping=False,  # Pongs are passed on: they tell which frames have arrived.
             autoclose=False,  # read() decides who says goodbye.
-            heartbeat=heartbeat_seconds,
             compress=False,
             max_msg_size=max_frame_bytes + 1,  # aiohttp refuses a message of exactly this size.
             timeout=close_seconds,
@@ -61,11 +64,14 @@ class Client:
         self._request = request
         self._transport: asyncio.Transport = request.transport
         self._max_unsent_bytes = max_unsent_bytes
+        self._heartbeat_seconds = heartbeat_seconds
         self._stall_seconds = stall_seconds
         self._close_seconds = close_seconds
         self.token = token  # the newest that the peer has
         self.said_goodbye = False  # the peer has, by a close frame
         self._gone: asyncio.Future[None] | None = None  # from our goodbye on; done when the connection has ended
+        self._heard = True  # since the last heartbeat
+        self._heartbeat: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._sent_since_check = 0
 
@@ -74,10 +80,12 @@ class Client:
         await self.ws.prepare(self._request)
         # They are sent, and would take 1.4 KiB for as long as the connection is open.
         self.ws.headers.clear()
+        self._beat()
 
     async def receive(self) -> aiohttp.WSMessage | None:
         """Return the peer's next message; None once the connection ends. Messages after our goodbye are dropped."""
         while (message := await self.ws.receive()).type in OPEN:
+            self._heard = True
             if self._gone is None:
                 return message
         self.said_goodbye = message.type is WSMsgType.CLOSE
@@ -85,11 +93,12 @@ class Client:
             await self.ws.close(drain=False)
         return None
 
-    async def pause(self, seconds: float) -> None:
-        """Read nothing from the peer for a while."""
+    async def pause(self, seconds: float) -> bool:
+        """Read nothing from the peer for a while; return whether the connection is still open then."""
         self._request.protocol.pause_reading()
         await asyncio.sleep(seconds)
         self._request.protocol.resume_reading()
+        return not self._transport.is_closing()
 
     def send(self, frame: bytes, opcode: WSMsgType = WSMsgType.TEXT) -> None:
         """Write a frame. One to a peer that is gone is dropped: receive() is about to return None."""
@@ -121,9 +130,23 @@ class Client:
 
     def leave(self) -> None:
         """Note that the connection has ended."""
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         if self._gone is not None:
             self._gone.set_result(None)
             self._transport.close()
+
+    def _beat(self) -> None:
+        """Ping the peer; cut the connection if nothing has come since the last ping.
+
+        aiohttp's heartbeat would cut a peer that floods, whose pong waits behind its other frames.
+        """
+        if not self._heard:
+            self._transport.abort()
+            return
+        self._heard = False
+        self.send(b"", WSMsgType.PING)
+        self._heartbeat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._beat)
 
     def _start_stall_timer(self) -> None:
         self._sent_since_check = 0

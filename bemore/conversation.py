@@ -46,8 +46,8 @@ NO_TEXT = Failure(ErrorCode.AI_UNAVAILABLE, "model: no text")
 class Phase(Enum):
     WAITING = auto()  # behind another turn
     ADMITTING = auto()  # the driver takes a token and reads the history
-    STREAMING = auto()  # the model answers, or its last text waits to be sent
-    STORING = auto()  # the driver writes the row
+    STREAMING = auto()  # the driver asks the model
+    STORING = auto()  # the last text is sent; then the driver writes the row
     DONE = auto()
 
 
@@ -198,13 +198,14 @@ class Conversation:
 
     def said(self, turn: Turn, text: str, now: float) -> list[Action]:
         """Take text of the model's; beyond MAX_REPLY_CHARACTERS the reply is cut, and complete."""
-        if turn.phase is not Phase.STREAMING or not turn.room or not text:
+        if turn.phase is not Phase.STREAMING or not text:
             return []
         assert turn.reply is not None
         self._outbox.say(turn.reply, text[: turn.room])
         turn.room = max(0, turn.room - len(text))
         if not turn.room:
             self._actions.append(Stop(turn))
+            turn.phase = Phase.STORING
             self._store_when_shown(turn)
         return self._settle(now)
 
@@ -217,9 +218,10 @@ class Conversation:
 
     def streamed(self, turn: Turn, now: float) -> list[Action]:
         """Note that the model's reply is whole."""
-        if turn.phase is Phase.STREAMING and turn.room:
+        if turn.phase is Phase.STREAMING:
             assert turn.reply is not None
             if turn.reply.begun or self._outbox.holds(turn.reply):
+                turn.phase = Phase.STORING
                 self._store_when_shown(turn)
             else:
                 self._fail(turn, NO_TEXT)
@@ -238,7 +240,7 @@ class Conversation:
         admitting = turn.admitted is None
         if admitting:
             # If the database gave no answer, a token may have been taken. The row is stored in this case.
-            turn.admitted = failure.code is ErrorCode.AI_UNAVAILABLE
+            turn.admitted, turn.failure = failure.code is ErrorCode.AI_UNAVAILABLE, failure
         if turn is self._current:
             self._fail(turn, failure)
         elif admitting:
@@ -253,9 +255,13 @@ class Conversation:
         return self._settle(now)
 
     def erase(self, now: float) -> list[Action]:
-        """End the reply in progress, keep nothing, and refuse what waits and what comes."""
+        """End the reply in progress, keep nothing, and refuse what waits and what comes.
+
+        The driver cancels what it has under way, and reports nothing of it.
+        """
         self._close(ERASED)
         self._interrupt()
+        self._unreported.clear()
         self._outbox.discard_all()
         return self._settle(now)
 
@@ -284,7 +290,7 @@ class Conversation:
         while self._current is None and self._waiting:
             self._start(self._waiting.pop(0))
             self._outbox.flush(now)
-        if self._current is None and not self._outbox.keeps(now) and not self.peers and self.idle:
+        if not self._outbox.keeps(now) and not self.peers and self.idle:
             self._actions.append(Forget())
         actions = self._actions.copy()
         self._actions.clear()
@@ -322,6 +328,7 @@ class Conversation:
             if turn.sentence_for is None:
                 self._name_helpline(turn, turn.signal, always=True)
             if turn.admitted and turn.phase is not Phase.STORING:
+                turn.phase = Phase.STORING
                 self._store_when_shown(turn)
             else:
                 # The row is not stored, and a complete without `interrupted` would say that it is.
@@ -338,14 +345,15 @@ class Conversation:
         if (turn := self._current) is None:
             return
         assert turn.reply is not None
+        self._outbox.send_missed()
         self._outbox.drop_text(turn.reply)
         if turn.signal and turn.sentence_for is None and not turn.reply.begun:
             self._name_helpline(turn, turn.signal, always=True)
         if turn.phase is Phase.STREAMING:
             self._actions.append(Stop(turn))
-        storing = turn.phase is Phase.STORING
+        being_stored = turn.phase is Phase.STORING and turn in self._unreported
         self._end(turn, Kind.INTERRUPTED)
-        if not storing:
+        if not being_stored:
             self._store_when_shown(turn)
 
     def _cancel(self, now: float) -> None:
@@ -389,8 +397,6 @@ class Conversation:
     def _store(self, turn: Turn) -> None:
         """Ask for the row of a turn, unless the admission is unknown, was refused, or the session is erased."""
         assert turn.reply is not None
-        if turn is self._current:
-            turn.phase = Phase.STORING
         if turn.reply.said and turn.admitted and self._closed is not ERASED:
             self._unreported.add(turn)
             self._actions.append(Store(turn))
@@ -400,7 +406,8 @@ class Conversation:
         assert turn.reply is not None
         if not self.at_risk:
             self.at_risk = True
-            self._actions.append(Mark())
+            if self._closed is not ERASED:
+                self._actions.append(Mark())
         told = [other for other in COVERED_BY[signal] if other in self._quiet]
         if any(self._quiet[other] for other in told) and not always:
             return

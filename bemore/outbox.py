@@ -85,7 +85,7 @@ class Reply:
     """The frames of one reply that were sent. Only the outbox writes its fields."""
 
     unproven: set[Peer]  # peers that were sent frames and have not confirmed the last one
-    lost: int  # peers that left before they confirmed it, and have not come back
+    lost: bool  # a peer left before it confirmed the last one; whoever joins may be that peer
     frames: list[Frame] = field(default_factory=list)
     began_at: float = 0.0
     expires_at: float = 0.0
@@ -150,7 +150,6 @@ class Outbox:
         missed: deque[Frame] = deque()
         for reply in self._replies:
             if reply.wanted(now):
-                reply.lost = max(0, reply.lost - 1)
                 reply.unproven.add(peer)
                 missed += reply.frames
         if missed:
@@ -164,7 +163,7 @@ class Outbox:
             if peer in reply.unproven:
                 reply.unproven.remove(peer)
                 if not (said_goodbye and reply.ended):
-                    reply.lost, reply.expires_at = reply.lost + 1, now + self._keep
+                    reply.lost, reply.expires_at = True, now + self._keep
 
     def receipt(self, peer: Peer, seq: int) -> None:
         """Note that a peer has received every frame up to `seq`."""
@@ -176,7 +175,7 @@ class Outbox:
 
     def open_reply(self, asker: Peer) -> Reply:
         """Return a reply without frames yet; one whose asker has left is kept for it."""
-        self._replies.append(Reply(set(self.peers), lost=int(asker not in self.peers)))
+        self._replies.append(Reply(set(self.peers), lost=asker not in self.peers))
         return self._replies[-1]
 
     def discard(self, reply: Reply) -> None:
@@ -197,7 +196,7 @@ class Outbox:
             self._held.append(Held(reply, Kind.BEGIN))
         self._held.append(Held(reply, Kind.CHUNK, text, urgent=urgent))
         if urgent:
-            self._send_missed()
+            self.send_missed()
 
     def end(self, reply: Reply, kind: Kind, failure: Failure | None = None) -> None:
         """Queue the last frame of a reply."""
@@ -228,7 +227,6 @@ class Outbox:
         if kept and not reply.begun:
             kept.insert(0, items[0])
         self._held = [*(item for item in self._held if item.reply is not reply), *kept]
-        self._send_missed()
 
     # Time
 
@@ -247,7 +245,9 @@ class Outbox:
             return self._due
         if self._held:
             return self._ready_at(self._held[0])
-        return max((reply.expires_at for reply in self._replies), default=None) if not self.peers else None
+        if self.peers or not all(reply.ended for reply in self._replies):
+            return None
+        return max((reply.expires_at for reply in self._replies), default=None)
 
     def _ready_at(self, item: Held) -> float:
         """Return the time at which an item may leave the queue. A begin does not wait: it starts another reply."""
@@ -300,10 +300,10 @@ class Outbox:
         self._act(Send(peers, frame))
         if kind.ends:
             reply.expires_at = now + self._keep
-            reply.lost = reply.lost if self.peers else max(1, reply.lost)
+            reply.lost = reply.lost or not self.peers
             self._act(Ping(peers, frame.seq))
 
-    def _send_missed(self) -> None:
+    def send_missed(self) -> None:
         """Send all missed frames without a gap: what follows is urgent."""
         for peer in list(self._behind):
             self._send_missed_to(peer, len(self._behind[peer]))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 
 from bemore.log import anonymous
-from bemore.storage import NotPermitted, Storage, Unavailable
+from bemore.storage import NotPermitted, Storage, Unavailable, UnknownSession
 
 logger = logging.getLogger("bemore_voice")
 
@@ -18,6 +17,7 @@ class RiskMarks:
     def __init__(self, storage: Storage, *, create: bool, retry_seconds: float) -> None:
         self._storage, self._create, self._retry_seconds = storage, create, retry_seconds
         self._waiting: set[str] = set()
+        self._writing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     def add(self, session_id: str) -> None:
@@ -25,9 +25,10 @@ class RiskMarks:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._work())
 
-    def discard(self, session_id: str) -> None:
-        """Give up the mark of a session that is erased."""
-        self._waiting.discard(session_id)
+    async def discard(self, session_id: str) -> None:
+        """Give up the mark of a session that is about to be erased; a mark that is being written is waited for."""
+        async with self._writing:
+            self._waiting.discard(session_id)
 
     async def finish(self, seconds: float) -> None:
         """Wait until all marks are written, for so many seconds at most."""
@@ -38,9 +39,9 @@ class RiskMarks:
     async def _work(self) -> None:
         while self._waiting:
             for session_id in list(self._waiting):
-                with contextlib.suppress(Unavailable):
-                    await self._mark(session_id)
-                    self._waiting.discard(session_id)
+                async with self._writing:
+                    if session_id in self._waiting:
+                        await self._mark(session_id)
             if self._waiting:
                 await asyncio.sleep(self._retry_seconds)
 
@@ -50,3 +51,8 @@ class RiskMarks:
         except NotPermitted as error:
             # The next try would be forbidden as well.
             logger.warning("session=%s outcome=not_marked cause=%r", anonymous(session_id), error.cause)
+        except Unavailable:
+            return
+        except UnknownSession:
+            pass
+        self._waiting.discard(session_id)
