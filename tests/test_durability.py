@@ -166,8 +166,9 @@ async def test_the_pool_grows_to_twenty_and_shrinks_to_five(postgres_url: str, m
     monkeypatch.setattr("bemore.postgres.IDLE_SECONDS", 0.2)
     others = await backends(postgres_url)  # of PgBouncer
     async with open_storage(postgres_url) as storage:
-        await asyncio.gather(*(storage.fetch("SELECT pg_sleep(0.05)") for _ in range(60)))
-        assert await backends(postgres_url) - others == MAX_CONNECTIONS
+        sleeping = [asyncio.create_task(storage.fetch("SELECT pg_sleep(0.3)")) for _ in range(60)]
+        await until_backends(postgres_url, "TRUE", lambda count: count - others == MAX_CONNECTIONS)
+        await asyncio.gather(*sleeping)
         await until_backends(postgres_url, "TRUE", lambda count: count - others <= MIN_CONNECTIONS)
         await storage.ping()
 
