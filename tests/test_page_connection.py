@@ -14,7 +14,7 @@ from page import START, Visit, browser_fixture, site_fixture, still_fixture, vis
 from playwright.async_api import Browser, Route, expect
 from standin import GeminiStandIn, event
 from support import CANARY, Program, ScriptedCounsellor, Server, Serving, started
-from tools import until
+from tools import PATIENCE, until
 
 from bemore.storage import NewTurn
 
@@ -27,9 +27,10 @@ FIRST_PAUSE = 625  # ms at most, before the first attempt to reconnect
 
 async def reconnected(visit: Visit) -> None:
     """Let the page reconnect, however long its pauses are."""
-    while await visit.page.evaluate("connection") != "connected":
-        await visit.run(500)
-        await asyncio.sleep(0.02)  # for the network, which has a clock of its own
+    async with asyncio.timeout(PATIENCE):
+        while await visit.page.evaluate("connection") != "connected":
+            await visit.run(500)
+            await asyncio.sleep(0.02)  # for the network, which has a clock of its own
 
 
 # A connection that breaks
@@ -123,17 +124,31 @@ async def test_pauses_grow_but_stay_short_while_words_wait(visit: Visit) -> None
     assert pauses == [375, 1_000, 2_500, 3_000, 8_000, 20_000, 22_500, 30_000, 37_500, 1_125, 1_500, 1_875]
 
 
-@pytest.mark.parametrize("hang", ["health", "api"])
-async def test_a_fetch_that_hangs_ends(still: Visit, hang: str) -> None:
+async def test_a_handshake_that_hangs_is_given_up(still: Visit) -> None:
+    await still.write(CANARY)
+    await still.replied(f"들은 말: {CANARY}")
+    still.wire.cut()
+    still.wire.freeze()
+    await still.state("연결 안 됨")
+    await still.write("기다리는 말")
+    await still.run(1_000)  # for the answer about the session
+    await still.until("socket?.readyState", 0)
+    still.wire.strand()
+    await still.run(4_000)
+    await reconnected(still)
+    await still.replied("들은 말: 기다리는 말")
+    still.errors.clear()
+
+
+async def test_a_fetch_that_hangs_ends(still: Visit) -> None:
     async def wait(_: Route) -> None:
         await asyncio.Event().wait()
 
-    await still.page.route(f"**/{hang}/**", wait)
+    await still.page.route("**/conversations*", wait)
     await still["#open-history"].click()
     await still.run(4_000)
-    if hang == "api":
-        await expect(still["#history-note"]).to_have_text("지금은 서버에 연결할 수 없습니다. 잠시 뒤에 다시 해 주세요.")
-        still.errors.clear()
+    await expect(still["#history-note"]).to_have_text("지금은 서버에 연결할 수 없습니다. 잠시 뒤에 다시 해 주세요.")
+    still.errors.clear()
 
 
 # A server that dies, or has lost a request
@@ -387,6 +402,7 @@ async def second_tab(visit: Visit) -> AsyncIterator[Visit]:
 
 async def test_only_the_tab_that_asked_reads_a_reply_aloud(visit: Visit) -> None:
     async with second_tab(visit) as other:
+        await other["#aloud"].select_option("항상")
         await visit.speak(CANARY)
         await visit.replied(f"들은 말: {CANARY}")
         await other.replied(f"들은 말: {CANARY}")
