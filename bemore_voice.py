@@ -64,10 +64,11 @@ from bemore.connections import LimitedRunner, make_site
 from bemore.conversation import Action, Admit, Conversation, Ended, Forget, Mark, Phase, Stop, Store, Turn, Utterance
 from bemore.counsellor import MARKERS, Blocked, Counsellor, Emotion, Failed, Notice, PastTurn, Prompt
 from bemore.demo import Demo
+from bemore.failures import ErrorCode, Failure
 from bemore.gemini import Gemini
 from bemore.log import StrayExceptionLog, anonymous, configure_logging, describe_bug
 from bemore.openai import OpenAI
-from bemore.outbox import ErrorCode, Failure, Frame, Kind, Ping, Send
+from bemore.outbox import Frame, Kind, Ping, Send
 from bemore.refusals import MAX_BODY_BYTES, HttpRefusal
 from bemore.retention import keep_erasing
 from bemore.risk_marks import RiskMarks
@@ -93,9 +94,12 @@ logger = logging.getLogger("bemore_voice")
 class Limits:
     """Every limit of sessions and sockets that is no setting. Tests construct their own."""
 
-    message_characters: int = 2_000  # code points after trimming; several minutes of speech
-    frame_bytes: int = 64 * 1024  # 2,000 characters take 24,000 bytes if each is a pair of \\u escapes
-    sockets_per_session: int = 8  # tabs and devices that show the same conversation
+    # Code points of a message after trimming: several minutes of speech.
+    message_characters: int = 2_000
+    # A message of 2,000 characters takes 24,000 bytes if each is a pair of \\u escapes.
+    frame_bytes: int = 64 * 1024
+    # Tabs and devices that show the same conversation.
+    sockets_per_session: int = 8
     # The token bucket of a socket. A frame costs 1 + its bytes / 1,500, since judging a long message takes as long as
     # judging many short ones. No frontend comes near it.
     frames_at_once: int = 60
@@ -109,16 +113,24 @@ class Limits:
     keep_reply_seconds: float = 35
     # A dead peer is found within two heartbeats, which is less than keep_reply_seconds.
     heartbeat_seconds: float = 15
-    stall_seconds: float = 10  # for a peer to take a frame
-    unsent_bytes: int = 1024 * 1024  # no reply comes near it
-    close_seconds: float = 2  # for the peer's half of the closing handshake
-    store_seconds: float = 5  # for a row, with retries
-    history_seconds: float = 1  # for the row of the turn before, so that the model sees it
-    mark_retry_seconds: float = 1  # between two tries to mark sessions as at risk
-    drain_seconds: float = 10  # for replies in progress at shutdown
-    write_seconds: float = 2  # for rows and marks at shutdown
-    header_seconds: float = 10  # for a connection's first request header; phones on bad networks need two or three
-    keepalive_seconds: float = 75  # between two requests; longer than a proxy keeps its own end open
+    # A client that takes none of its unsent bytes for this time, or lets more than these gather, is disconnected.
+    stall_seconds: float = 10
+    unsent_bytes: int = 1024 * 1024
+    # The time for the client's half of the closing handshake.
+    close_seconds: float = 2
+    # The time for storing one turn, retries included.
+    store_seconds: float = 5
+    # The time that an admission waits for the row of the turn before, so that the model sees that turn.
+    history_seconds: float = 1
+    # The pause between two tries to mark sessions as at risk.
+    mark_retry_seconds: float = 1
+    # At shutdown: the time for replies in progress, then for rows and marks.
+    drain_seconds: float = 10
+    write_seconds: float = 2
+    # The time for a connection's first request header. Phones on bad networks need two or three seconds.
+    header_seconds: float = 10
+    # The time between two requests on a connection: longer than a proxy keeps its own end open.
+    keepalive_seconds: float = 75
 
 
 # Frames
@@ -211,7 +223,7 @@ def parse_utterance(data: object, now_ms: int) -> Utterance:
     """Check the data of a request_ai_response; raise Failure if the message is missing or empty.
 
     An odd emotion counts as none and an odd timestamp as `now_ms`: neither may stand between a person and a reply. The
-    message is composed (NFC), since macOS sends Hangul as single letters. Its length is checked by Services.judge().
+    message is composed (NFC), since macOS sends Hangul as single letters. Services.detect_signal() checks its length.
     """
     if not isinstance(data, dict) or not isinstance(data.get("message"), str):
         raise Failure(ErrorCode.INVALID_REQUEST)
@@ -349,17 +361,17 @@ RISK_PROMPT = """
 """
 
 
-def system_prompt(emotion: Emotion | None, *, now: Signal | None = None, at_risk: bool = False) -> str:
+def system_prompt(emotion: Emotion | None, *, sentence_for: Signal | None = None, at_risk: bool = False) -> str:
     """Return the counsellor's instruction for a person with this emotion; None gets the neutral guidance alone.
 
-    `now` is the signal whose helpline sentence was sent in this turn, `at_risk` whether there was a signal before.
+    `sentence_for` is the signal whose helpline sentence this turn contains; `at_risk` tells whether there was a signal.
     """
-    if now is not None:
-        return BASE_PROMPT + NOW_PROMPT.format(question=QUESTIONS[now])
+    if sentence_for is not None:
+        return BASE_PROMPT + NOW_PROMPT.format(question=QUESTIONS[sentence_for])
     if at_risk:
         return BASE_PROMPT + MARKER_PROMPT + RISK_PROMPT
-    signal = "" if emotion is None else SIGNAL_PROMPT.format(feeling=FEELINGS[emotion])
-    return BASE_PROMPT + MARKER_PROMPT + (signal or "\n") + GUIDANCE[emotion or Emotion.NEUTRAL]
+    feeling = "\n" if emotion is None else SIGNAL_PROMPT.format(feeling=FEELINGS[emotion])
+    return BASE_PROMPT + MARKER_PROMPT + feeling + GUIDANCE[emotion or Emotion.NEUTRAL]
 
 
 MARKERS_BY_SENTENCE = {
@@ -459,10 +471,11 @@ class Services:
         self._last_seq = max(self._last_seq + 1, self.now_us())
         return self._last_seq
 
-    async def judge(self, utterance: Utterance) -> tuple[Utterance, Signal | None]:
-        """Return the words to be answered, and the risk signal in them.
+    async def detect_signal(self, utterance: Utterance) -> tuple[Utterance, Signal | None]:
+        """Return an utterance and the risk signal in it.
 
-        Of words that are too long the end or the beginning is answered if it has a signal; else Failure is raised.
+        Of an overlong message the last, else the first 2,000 characters are kept if they have a signal; otherwise
+        Failure is raised.
         """
         message, most = utterance.message, self.limits.message_characters
         if len(message) <= self.limits.long_message_characters:
@@ -602,7 +615,8 @@ class Session:
     async def _answer(self, turn: Turn) -> None:
         """Live the life of a request: admit it, ask the model, stream the reply. `_store` is its end.
 
-        The conversation ends an interrupted turn at once. Then Stop cancels this task if it asks the model.
+        Stop cancels this task while it asks the model. An interruption never cancels the admission, whose result
+        decides whether the row of the interrupted turn is stored.
         """
         conversation, services = self._conversation, self._services
         if self._storing:  # The history is to contain the turn before.
@@ -643,7 +657,7 @@ class Session:
         assert turn.reply is not None
         words = turn.utterance
         row = NewTurn(words.message, "".join(turn.reply.said), words.emotion, words.timestamp)
-        # If the database failed at the admission, it has not created the session yet.
+        # After a failed admission the session may not exist yet; the row then creates it.
         create = self._services.settings.auto_create_sessions and turn.failure is not None
         ends, pause = loop_time() + self._services.limits.store_seconds, 0.1
         while True:
@@ -666,7 +680,7 @@ def make_prompt(turn: Turn, history: Iterable[PastTurn], *, at_risk: bool) -> Pr
     """Return what the model is asked for a turn; past replies show its marker in place of a helpline sentence."""
     sentence_for = None if turn.sentence_for is None else Signal(turn.sentence_for)
     return Prompt(
-        system_prompt(turn.utterance.emotion, now=sentence_for, at_risk=at_risk),
+        system_prompt(turn.utterance.emotion, sentence_for=sentence_for, at_risk=at_risk),
         turn.utterance.message,
         [dataclasses.replace(past, ai_response=with_markers(past.ai_response)) for past in history],
         turn.utterance.emotion,
@@ -817,7 +831,7 @@ async def read_messages(client: Client, session: Session, services: Services) ->
     limits = services.limits
     bucket = TokenBucket(limits.frames_at_once, limits.frames_per_second)
     while (message := await client.receive()) is not None:
-        data = message.data.encode(errors="replace") if message.type is WSMsgType.TEXT else message.data
+        data = message.data.encode() if message.type is WSMsgType.TEXT else message.data
         cost = 1 + len(data) / limits.frame_token_bytes
         while (wait := bucket.take(cost, loop_time())) and await client.pause(wait):
             pass
@@ -838,8 +852,8 @@ async def handle_frame(text: str, client: Client, session: Session, services: Se
         kind, data = parse_frame(text)
         match kind:
             case "request_ai_response":
-                utterance, found = await services.judge(parse_utterance(data, services.now_ms()))
-                session.ask(Turn(client, utterance, found))
+                utterance, risk = await services.detect_signal(parse_utterance(data, services.now_ms()))
+                session.ask(Turn(client, utterance, risk))
             case "cancel_ai_response":
                 session.cancel()
             case "ping":

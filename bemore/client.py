@@ -25,8 +25,8 @@ class Client:
     """
 
     __slots__ = (
+        "_close_done",
         "_close_seconds",
-        "_gone",
         "_heard",
         "_heartbeat",
         "_heartbeat_seconds",
@@ -55,7 +55,7 @@ class Client:
         assert request.transport is not None
         self.ws = web.WebSocketResponse(
             autoping=False,  # Pongs are passed on: they tell which frames have arrived.
-            autoclose=False,  # read() decides who says goodbye.
+            autoclose=False,  # receive() and close() do the closing handshake.
             compress=False,
             max_msg_size=max_frame_bytes + 1,  # aiohttp refuses a message of exactly this size.
             timeout=close_seconds,
@@ -68,8 +68,8 @@ class Client:
         self._stall_seconds = stall_seconds
         self._close_seconds = close_seconds
         self.token = token  # the newest that the peer has
-        self.said_goodbye = False  # the peer has, by a close frame
-        self._gone: asyncio.Future[None] | None = None  # from our goodbye on; done when the connection has ended
+        self.said_goodbye = False  # whether the peer has sent a close frame
+        self._close_done: asyncio.Future[None] | None = None  # None until close(); done when the connection has ended
         self._heard = True  # since the last heartbeat
         self._heartbeat: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -83,13 +83,13 @@ class Client:
         self._beat()
 
     async def receive(self) -> aiohttp.WSMessage | None:
-        """Return the peer's next message; None once the connection ends. Messages after our goodbye are dropped."""
+        """Return the peer's next message; None once the connection ends. Messages after close() are dropped."""
         while (message := await self.ws.receive()).type in OPEN:
             self._heard = True
-            if self._gone is None:
+            if self._close_done is None:
                 return message
         self.said_goodbye = message.type is WSMsgType.CLOSE
-        if self._gone is None and self.said_goodbye:
+        if self._close_done is None and self.said_goodbye:
             await self.ws.close(drain=False)
         return None
 
@@ -102,7 +102,7 @@ class Client:
 
     def send(self, frame: bytes, opcode: WSMsgType = WSMsgType.TEXT) -> None:
         """Write a frame. One to a peer that is gone is dropped: receive() is about to return None."""
-        if self._gone is not None:
+        if self._close_done is not None:
             return
         try:
             run_to_end(self.ws.send_frame(frame, opcode))
@@ -116,24 +116,24 @@ class Client:
                 self._start_stall_timer()
 
     def close(self, code: WSCloseCode, reason: bytes = b"") -> asyncio.Future[None]:
-        """Say goodbye; return a future that is done once the connection has ended.
+        """Send a close frame; return a future that is done once the connection has ended.
 
-        The connection is cut unless the peer says goodbye in time. aiohttp's own close() would not wait for the peer
+        The connection is cut unless the peer answers in time. aiohttp's own close() would not wait for the peer
         beside a task that reads, and the network may then drop frames that are on their way to it.
         """
-        if self._gone is None:
+        if self._close_done is None:
             self.send(code.to_bytes(2, "big") + reason, WSMsgType.CLOSE)
             loop = asyncio.get_running_loop()
-            self._gone = loop.create_future()
+            self._close_done = loop.create_future()
             loop.call_later(self._close_seconds, self._transport.abort)
-        return self._gone
+        return self._close_done
 
     def leave(self) -> None:
         """Note that the connection has ended."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        if self._gone is not None:
-            self._gone.set_result(None)
+        if self._close_done is not None:
+            self._close_done.set_result(None)
             self._transport.close()
 
     def _beat(self) -> None:

@@ -7,9 +7,11 @@ The driver reports an event, performs the actions that come back, and sets one t
 
 A turn is a request and its answer. One turn at a time is between WAITING and DONE::
 
-    WAITING ──► ADMITTING ──admitted──► STREAMING ──streamed, all text sent──► STORING ──stored──► DONE
-       │            │ failed                │ failed                              │ failed           ▲
-       └────────────┴───────────────────────┴── cancel, explicit signal, erase ───┴──────────────────┘
+    WAITING ──► ADMITTING ──admitted──► STREAMING ──streamed──► STORING ──stored──► DONE
+       │            │ failed                │ failed               │ failed           ▲
+       └────────────┴───────────────────────┴──────────────────────┴── interrupted ───┘
+
+A cancel, an explicit signal, barge-in, the deletion of the session and the end of the process interrupt a turn.
 
 An interruption ends the turn within the same event: its complete is queued, the next turn starts, and the row is
 stored afterwards. What the driver still reports about a turn that is DONE only decides whether its row is stored.
@@ -26,12 +28,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from bemore.counsellor import Emotion
-from bemore.outbox import ErrorCode, Failure, Kind, Outbox, Peer, Ping, Reply, Send
+from bemore.failures import ErrorCode, Failure
+from bemore.outbox import Kind, Outbox, Peer, Ping, Reply, Send
 
 MAX_WAITING = 16  # requests of a session
 MAX_REPLY_CHARACTERS = 16_000  # ten minutes of speech
 QUIET_TURNS = 2  # after a helpline sentence, in which a further signal is left to the model
-# The signals whose sentence also answers this signal.
+# The signals whose sentence also answers this signal. They are plain strings, so that this module does not load the
+# word detector.
 COVERED_BY = {
     "explicit": ("explicit",),
     "violence": ("violence",),
@@ -60,15 +64,12 @@ class Utterance:
     timestamp: int = 0  # milliseconds since the epoch, by the client's clock if it sent one
 
 
-NO_WORDS = Utterance()
-
-
 @dataclass(eq=False, slots=True)
 class Turn:
     """A request and its answer. Only the conversation writes its fields after `ask`."""
 
     asker: Peer
-    utterance: Utterance = NO_WORDS
+    utterance: Utterance = Utterance()
     signal: str | None = None  # "explicit", "indirect" or "violence"; set before `ask` if the word detector found one
     failure: Failure | None = None  # set before `ask` for a frame that is no valid request
     phase: Phase = Phase.WAITING
@@ -77,7 +78,7 @@ class Turn:
     room: int = MAX_REPLY_CHARACTERS
     detected_by: str = ""  # "words" or "model" if there was a signal
     sentence_for: str | None = None  # the signal whose helpline sentence the reply contains
-    admitted: bool | None = None  # None until the driver has reported the admission
+    may_store: bool | None = None  # whether the row may be stored; None until the admission was reported
 
 
 class Admit(NamedTuple):
@@ -140,8 +141,7 @@ class Conversation:
         self._current: Turn | None = None
         self._waiting: list[Turn] = []
         self._closed: Failure | None = None  # the answer to every request from now on
-        # For each signal whose sentence was said: in how many more turns, this one included, it is not said again.
-        self._quiet: dict[str, int] = {}
+        self._turns_since: dict[str, int] = {}  # for each signal the number of turns since its sentence
         self._unreported: set[Turn] = set()  # turns of which the driver still has to report an Admit or Store
 
     # Events from sockets
@@ -172,7 +172,7 @@ class Conversation:
             turn.failure = self._closed or (TOO_MANY_WAIT if full else None)
         if turn.signal == "explicit":
             self._interrupt()
-            self._outbox.hurry(now, unless=1)  # The sentence is sent at most two gaps later.
+            self._outbox.flush_if_more_than(now, 1)  # The sentence is sent at most two gaps later.
             self._waiting.insert(0, turn)
         else:
             self._waiting.append(turn)
@@ -189,11 +189,11 @@ class Conversation:
         """Note that a token was taken; `at_risk` is the session's mark in the database."""
         self.at_risk |= at_risk
         self._unreported.discard(turn)
-        turn.admitted = True
+        turn.may_store = True
         if turn.phase is Phase.ADMITTING:
             turn.phase = Phase.STREAMING
         else:
-            self._store_once_shown(turn)
+            self._store_late_admitted(turn)
         return self._settle(now)
 
     def said(self, turn: Turn, text: str, now: float) -> list[Action]:
@@ -206,14 +206,14 @@ class Conversation:
         if not turn.room:
             self._actions.append(Stop(turn))
             turn.phase = Phase.STORING
-            self._store_when_shown(turn)
+            self._store_after_queue(turn)
         return self._settle(now)
 
     def noticed(self, turn: Turn, signal: str, now: float) -> list[Action]:
         """Note that the model saw a risk."""
         if turn.phase is Phase.STREAMING and turn.sentence_for is None:
             turn.signal, turn.detected_by = turn.signal or signal, turn.detected_by or "model"
-            self._name_helpline(turn, signal)
+            self._queue_sentence(turn, signal)
         return self._settle(now)
 
     def streamed(self, turn: Turn, now: float) -> list[Action]:
@@ -222,7 +222,7 @@ class Conversation:
             assert turn.reply is not None
             if turn.reply.begun or self._outbox.holds(turn.reply):
                 turn.phase = Phase.STORING
-                self._store_when_shown(turn)
+                self._store_after_queue(turn)
             else:
                 self._fail(turn, NO_TEXT)
         return self._settle(now)
@@ -237,20 +237,20 @@ class Conversation:
     def failed(self, turn: Turn, failure: Failure, now: float) -> list[Action]:
         """Note that the admission, the model or the database failed."""
         self._unreported.discard(turn)
-        admitting = turn.admitted is None
+        admitting = turn.may_store is None
         if admitting:
-            # If the database gave no answer, a token may have been taken. The row is stored in this case.
-            turn.admitted, turn.failure = failure.code is ErrorCode.AI_UNAVAILABLE, failure
+            # If the database gave no answer, a token may have been taken, and the row may be stored.
+            turn.may_store, turn.failure = failure.code is ErrorCode.AI_UNAVAILABLE, failure
         if turn is self._current:
             self._fail(turn, failure)
         elif admitting:
-            self._store_once_shown(turn)
+            self._store_late_admitted(turn)
         return self._settle(now)
 
     # Events from the process
 
     def stop(self, now: float) -> list[Action]:
-        """Refuse what waits and what comes, since the process ends; the reply in progress goes on."""
+        """Let the reply in progress end, since the process does; what waits and what comes is refused after it."""
         self._close(SHUTTING_DOWN)
         return self._settle(now)
 
@@ -274,10 +274,6 @@ class Conversation:
         return self._outbox.deadline()
 
     @property
-    def peers(self) -> tuple[Peer, ...]:
-        return self._outbox.peers
-
-    @property
     def idle(self) -> bool:
         """Whether nothing is answered, sent or stored."""
         return not (self._current or self._waiting or self._unreported) and self._outbox.empty
@@ -290,7 +286,8 @@ class Conversation:
         while self._current is None and self._waiting:
             self._start(self._waiting.pop(0))
             self._outbox.flush(now)
-        if not self._outbox.keeps(now) and not self.peers and self.idle:
+        self._outbox.expire_replies(now)
+        if self.idle and not self._outbox.wanted:
             self._actions.append(Forget())
         actions = self._actions.copy()
         self._actions.clear()
@@ -304,14 +301,20 @@ class Conversation:
             self._refuse(turn, turn.failure)
             return
         self._current, turn.phase, turn.reply = turn, Phase.ADMITTING, self._outbox.open_reply(turn.asker)
-        self._quiet = {signal: max(0, turns - 1) for signal, turns in self._quiet.items()}
+        self._turns_since = {signal: turns + 1 for signal, turns in self._turns_since.items()}
+        # The admission reads the history, so it follows the row of the turn before, which follows its last frame.
+        self._unreported.add(turn)
+        self._outbox.then(None, partial(self._admit, turn))
         if turn.signal:
-            self._name_helpline(turn, turn.signal)
-        if self._closed is not ERASED:
-            self._unreported.add(turn)
-            self._actions.append(Admit(turn))
+            self._queue_sentence(turn, turn.signal)
         if self._closed:
             self._interrupt()
+
+    def _admit(self, turn: Turn) -> None:
+        if self._closed is ERASED:
+            self._unreported.discard(turn)
+        else:
+            self._actions.append(Admit(turn))
 
     def _refuse(self, turn: Turn, failure: Failure) -> None:
         """Send an error to the asker alone."""
@@ -326,10 +329,10 @@ class Conversation:
         turn.failure = failure
         if turn.signal:
             if turn.sentence_for is None:
-                self._name_helpline(turn, turn.signal, always=True)
-            if turn.admitted and turn.phase is not Phase.STORING:
+                self._queue_sentence(turn, turn.signal, even_if_recent=True)
+            if turn.may_store and turn.phase is not Phase.STORING:
                 turn.phase = Phase.STORING
-                self._store_when_shown(turn)
+                self._store_after_queue(turn)
             else:
                 # The row is not stored, and a complete without `interrupted` would say that it is.
                 self._end(turn, Kind.INTERRUPTED)
@@ -348,19 +351,19 @@ class Conversation:
         self._outbox.send_missed()
         self._outbox.drop_text(turn.reply)
         if turn.signal and turn.sentence_for is None and not turn.reply.begun:
-            self._name_helpline(turn, turn.signal, always=True)
+            self._queue_sentence(turn, turn.signal, even_if_recent=True)
         if turn.phase is Phase.STREAMING:
             self._actions.append(Stop(turn))
         being_stored = turn.phase is Phase.STORING and turn in self._unreported
         self._end(turn, Kind.INTERRUPTED)
         if not being_stored:
-            self._store_when_shown(turn)
+            self._store_after_queue(turn)
 
     def _cancel(self, now: float) -> None:
         """Interrupt the current turn, drop what waits, and end the turns that wait with a signal."""
         waiting, self._waiting = self._waiting, []
         self._interrupt()
-        self._outbox.hurry(now, unless=2)  # The complete is sent at most two gaps later.
+        self._outbox.flush_if_more_than(now, 2)  # The complete is sent at most two gaps later.
         for turn in waiting:
             if turn.signal or turn.failure:
                 self._start(turn)
@@ -384,12 +387,12 @@ class Conversation:
         outcome = failure.code if failure else kind.name.lower()
         self._outbox.then(turn.reply, partial(self._actions.append, Ended(turn, outcome)))
 
-    def _store_when_shown(self, turn: Turn) -> None:
+    def _store_after_queue(self, turn: Turn) -> None:
         """Ask for the row once the text that is queued was sent."""
         assert turn.reply is not None
         self._outbox.then(turn.reply, partial(self._store, turn))
 
-    def _store_once_shown(self, turn: Turn) -> None:
+    def _store_late_admitted(self, turn: Turn) -> None:
         """Ask for the row of a turn that was over before its admission was known."""
         if turn.reply is not None and not self._outbox.holds(turn.reply):
             self._store(turn)
@@ -397,21 +400,21 @@ class Conversation:
     def _store(self, turn: Turn) -> None:
         """Ask for the row of a turn, unless the admission is unknown, was refused, or the session is erased."""
         assert turn.reply is not None
-        if turn.reply.said and turn.admitted and self._closed is not ERASED:
+        if turn.reply.said and turn.may_store and self._closed is not ERASED:
             self._unreported.add(turn)
             self._actions.append(Store(turn))
 
-    def _name_helpline(self, turn: Turn, signal: str, *, always: bool = False) -> None:
+    def _queue_sentence(self, turn: Turn, signal: str, *, even_if_recent: bool = False) -> None:
         """Put the helpline sentence into a reply, unless it was said in one of the last QUIET_TURNS turns."""
         assert turn.reply is not None
         if not self.at_risk:
             self.at_risk = True
             if self._closed is not ERASED:
                 self._actions.append(Mark())
-        told = [other for other in COVERED_BY[signal] if other in self._quiet]
-        if any(self._quiet[other] for other in told) and not always:
+        told = [self._turns_since[other] for other in COVERED_BY[signal] if other in self._turns_since]
+        if told and min(told) <= QUIET_TURNS and not even_if_recent:
             return
         sentence = (self._short if told else self._first)[signal]
-        self._quiet[signal] = QUIET_TURNS + 1
+        self._turns_since[signal] = 0
         turn.sentence_for = signal
         self._outbox.say(turn.reply, f" {sentence}" if turn.reply.begun else sentence, urgent=True)

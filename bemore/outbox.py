@@ -4,7 +4,8 @@ No I/O and no clock: it calls `act` with the actions that the driver is to perfo
 
 Frames pass two queues. `_held` has the frames of replies that wait for their gap; a frame gets its number when it
 leaves this queue. `_behind` has, for each peer that joined late, the frames that it still has to receive; meanwhile new
-frames are appended there. So every peer receives all frames of a reply in order, and no two of them within the gap.
+frames are appended there. So every peer receives all frames of a reply in order, and no two of them within the gap,
+except where an interruption or a helpline sentence needs the queues empty.
 
 A peer confirms a reply by its pong to the ping that follows the last frame. A reply is kept for `keep` seconds while a
 peer has not confirmed it, or left before it did. All times are seconds on one monotonic clock.
@@ -15,33 +16,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum
+from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 
+from bemore.failures import Failure
+
 Peer = Any  # a handle of the driver's, which is only compared and hashed
-
-
-class ErrorCode(StrEnum):
-    EMPTY_MESSAGE = "empty_message"
-    MESSAGE_TOO_LONG = "message_too_long"
-    INVALID_REQUEST = "invalid_request"
-    RATE_LIMITED = "rate_limited"
-    SESSION_EXPIRED = "session_expired"
-    AI_UNAVAILABLE = "ai_unavailable"
-
-
-class Failure(Exception):
-    """What the person gets in place of a reply, or of the rest of one.
-
-    `cause` is for the log alone. It never holds a person's words, a key, or the text of a library's exception.
-    """
-
-    def __init__(self, code: ErrorCode, cause: str = "", retry_after_ms: int | None = None) -> None:
-        super().__init__(code, cause)
-        self.code = code
-        self.cause = cause
-        self.retry_after_ms = retry_after_ms
 
 
 class Kind(Enum):
@@ -219,7 +200,7 @@ class Outbox:
         return any(item.reply is reply for item in self._held)
 
     def drop_text(self, reply: Reply) -> None:
-        """Drop what was not sent, but urgent text, and the first chunk of a reply whose begin was sent."""
+        """Drop unsent frames except urgent text. If only the begin was sent, its chunk is kept too."""
         items = [item for item in self._held if item.reply is reply]
         kept = [item for item in items if item.urgent]
         if not kept and len(reply.frames) == 1:
@@ -234,10 +215,14 @@ class Outbox:
     def empty(self) -> bool:
         return not (self._held or self._behind)
 
-    def keeps(self, now: float) -> bool:
-        """Drop the replies that no peer can come back for; return whether any is left."""
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a peer, or a reply that one may come back for."""
+        return bool(self.peers or self._replies)
+
+    def expire_replies(self, now: float) -> None:
+        """Drop the replies that no peer can come back for."""
         self._replies = [reply for reply in self._replies if reply.wanted(now)]
-        return bool(self._replies)
 
     def deadline(self) -> float | None:
         """Return when flush() is wanted; without frames to send, when the last kept reply expires."""
@@ -266,9 +251,9 @@ class Outbox:
             for peer in list(self._behind):
                 self._send_missed_to(peer, 1)
 
-    def hurry(self, now: float, *, unless: int) -> None:
-        """Send all that is held without its gaps, unless only so many frames wait: what comes next is urgent."""
-        if sum(item.kind not in (Kind.BEGIN, None) for item in self._held) > unless:
+    def flush_if_more_than(self, now: float, frames: int) -> None:
+        """Send all frames that wait without their gaps if there are more than `frames`: what comes next is urgent."""
+        if sum(item.kind not in (Kind.BEGIN, None) for item in self._held) > frames:
             while self._held:
                 self._leave_queue(now)
 

@@ -1,4 +1,4 @@
-"""Marks sessions as at risk in the database: the only write that is retried after its reply has ended."""
+"""Marks sessions as at risk in the database: the only write that is retried without a time limit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RiskMarks:
         try:
             await self._storage.mark_at_risk(session_id, create=self._create)
         except NotPermitted as error:
-            # The next try would be forbidden as well.
+            # A retry would be refused as well.
             logger.warning("session=%s outcome=not_marked cause=%r", anonymous(session_id), error.cause)
         except Unavailable:
             return

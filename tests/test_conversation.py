@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import bemore.conversation
-from bemore.conversation import Conversation, Forget, Mark, Phase, Stop, Store, Turn, Utterance
-from bemore.outbox import ErrorCode, Failure, Frame, Kind, Peer, Ping, Send
+from bemore.conversation import Admit, Conversation, Forget, Mark, Phase, Stop, Store, Turn, Utterance
+from bemore.failures import ErrorCode, Failure
+from bemore.outbox import Frame, Kind, Peer, Ping, Send
 
 FIRST = {signal: f"<first {signal}>" for signal in ("explicit", "indirect", "violence")}
 SHORT = {signal: f"<short {signal}>" for signal in FIRST}
@@ -222,7 +223,7 @@ class World:
         core, now = self.core, self.now
         if kind == "pong":
             peer, seq = subject
-            if peer in core.peers:
+            if peer == "steady" or self.phone_away_since is None:
                 self.perform(core.receipt(peer, seq, now))
         elif kind == "admit":
             if self.chance(0.8):
@@ -331,9 +332,9 @@ class World:
         assert not Counter(text for _, text in self.rows) - shown, "a row that was not shown"
         assert all(count == 1 for count in self.stores.values()), "a row that is stored twice"
         for turn in self.turns:
-            if turn.admitted and turn.reply.said and not self.erased and self.outcomes[turn] != "ai_unavailable":
+            if turn.may_store and turn.reply.said and not self.erased and self.outcomes[turn] != "ai_unavailable":
                 assert self.stores[turn], "a reply that was shown and is not stored"
-            if turn.admitted is False:
+            if turn.may_store is False:
                 assert not self.stores[turn], "a row beyond the rate"
 
     def check_gaps(self) -> None:
@@ -701,6 +702,17 @@ def test_a_lost_reply_is_sent_to_every_peer_that_joins() -> None:
         assert talk.frames(peer) == ["begin", "가", "complete"]
 
 
+def test_the_row_of_an_interrupted_turn_precedes_the_next_admission() -> None:
+    """The model that answers the next turn is to see it in the history."""
+    talk = Talk()
+    talk.stream(talk.admit(talk.ask()), "가")
+    talk.wait(GAP)
+    talk.ask(signal="explicit")
+    talk.wait()
+    order = [type(action) for action in talk.actions if isinstance(action, Store | Admit)]
+    assert order == [Admit, Store, Admit]
+
+
 def test_a_reply_that_outlives_its_peers_has_no_past_deadline() -> None:
     talk = Talk()
     talk.finish(talk.stream(talk.admit(talk.ask()), "가"))
@@ -744,8 +756,8 @@ PLANTED = {
         "if turn.phase is Phase.ADMITTING or not text:",
     ),
     "an explicit signal that waits": (
-        "            self._interrupt()\n            self._outbox.hurry(now, unless=1)",
-        "            self._outbox.hurry(now, unless=1)",
+        "            self._interrupt()\n            self._outbox.flush_if_more_than(now, 1)",
+        "            self._outbox.flush_if_more_than(now, 1)",
     ),
     "a helpline sentence that waits for the chunk interval": ("sentence, urgent=True)", "sentence)"),
     "a cancel that drops a signal": ("if turn.signal or turn.failure:\n", "if turn.failure:\n"),
@@ -755,22 +767,22 @@ PLANTED = {
         "        if True:\n            self._fail",
     ),
     "a complete before the row": (
-        "self._store_when_shown(turn)\n            else:\n                self._fail(turn, NO_TEXT)",
+        "self._store_after_queue(turn)\n            else:\n                self._fail(turn, NO_TEXT)",
         "self._end(turn, Kind.COMPLETE)\n            else:\n                self._fail(turn, NO_TEXT)",
     ),
     "an error after a signal": (
         "        if turn.signal:\n            if turn.sentence_for",
         "        if False:\n            if turn.sentence_for",
     ),
-    "a row beyond the rate": ("if turn.reply.said and turn.admitted and", "if turn.reply.said and"),
+    "a row beyond the rate": ("if turn.reply.said and turn.may_store and", "if turn.reply.said and"),
     "a row of an erased session": (
         " and self._closed is not ERASED:\n            self._unreported",
         ":\n            self._unreported",
     ),
-    "a sentence in every turn": ("if any(self._quiet[other] for other in told) and not always:", "if False:"),
+    "a sentence in every turn": ("if told and min(told) <= QUIET_TURNS and not even_if_recent:", "if False:"),
     "a session that is forgotten with its peers": (
-        "not self._outbox.keeps(now) and not self.peers and",
-        "not self._outbox.keeps(now) and",
+        "if self.idle and not self._outbox.wanted:",
+        "if self.idle:",
     ),
     "an interrupted reply without a row": ("        if not being_stored:\n", "        if False:\n"),
     "a lost reply that is not kept": ("reply.lost, reply.expires_at = True, now", "reply.expires_at = now"),

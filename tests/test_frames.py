@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bemore.conversation import Utterance
 from bemore.counsellor import Emotion
-from bemore.outbox import ErrorCode, Failure, Frame, Kind
+from bemore.failures import ErrorCode, Failure
+from bemore.outbox import Frame, Kind
 from bemore_voice import SENTENCES, encode, encode_frame, parse_frame, parse_utterance, storable
 
 NOW = 1_800_000_000_000

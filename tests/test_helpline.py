@@ -270,7 +270,7 @@ async def test_model_is_told_of_the_sentence_and_of_the_risk(serving_gemini: Ser
             await client.ask(message, emotion="sad")
             await client.reply()
     told = [request["body"]["systemInstruction"]["parts"][0]["text"] for request in gemini.requests]
-    expected = [system_prompt(Emotion.SAD), system_prompt(Emotion.SAD, now=Signal.EXPLICIT)]
+    expected = [system_prompt(Emotion.SAD), system_prompt(Emotion.SAD, sentence_for=Signal.EXPLICIT)]
     assert told == [*expected, system_prompt(Emotion.SAD, at_risk=True)]
 
 

@@ -20,7 +20,7 @@ from bemore_voice import (
 
 # The prompts of every turn: calm, at risk, and after each helpline sentence.
 ALL = [system_prompt(emotion, at_risk=risk) for emotion in (None, *Emotion) for risk in (False, True)]
-ALL += [system_prompt(None, now=signal) for signal in Signal]
+ALL += [system_prompt(None, sentence_for=signal) for signal in Signal]
 
 
 def test_every_emotion_has_a_guidance_of_its_own() -> None:

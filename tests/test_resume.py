@@ -65,9 +65,6 @@ async def test_reply_is_whole_wherever_the_connection_is_lost(
             wire.cut()
             await page.close()
         await server.until_left(str(boundary))
-        async with server.connect(str(boundary)) as fresh:
-            if loss != "frozen":  # whose connection left without a receipt, so that the reply is kept for it
-                await fresh.silent()
         assert [row[1] for row in await server.rows(str(boundary))] == ["".join(WORDS)]
 
 
@@ -135,7 +132,6 @@ async def test_reconnecting_thirty_times_loses_nothing(server: Server, counsello
         await page.open()
         await page.reply()
         check_whole(page)
-    await server.until_forgotten()
 
 
 async def test_seq_is_not_behind_another_replica(serving: Serving) -> None:
@@ -171,6 +167,8 @@ async def test_half_open_connection_is_found(serving: Serving) -> None:
         Wire(lambda: asyncio.open_connection(*server.address)) as wire,
     ):
         page = await Frontend(server.http, f"http://127.0.0.1:{wire.port}/ws/session/가", timeout=IMPATIENT).open()
+        await page.send("ping")
+        assert (await page.frame())["type"] == "pong"
         wire.freeze()
         await server.until_forgotten()
         assert wire.withheld

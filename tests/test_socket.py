@@ -23,7 +23,7 @@ from support import (
 )
 
 from bemore.counsellor import Emotion, Failed
-from bemore.outbox import ErrorCode
+from bemore.failures import ErrorCode
 from bemore_voice import SENTENCES, Limits, system_prompt
 
 COMPLETE = ["begin", "chunk", "complete"]
