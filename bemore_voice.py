@@ -556,9 +556,7 @@ class Session:
                 case Admit(turn):
                     self._start(self._answering, turn, self._answer(turn))
                 case Stop(turn):
-                    # The task has ended where the last text of the model waits to be sent.
-                    if turn in self._answering:
-                        self._answering[turn].cancel()
+                    self._answering[turn].cancel()
                 case Store(turn):
                     self._start(self._storing, turn, self._store(turn))
                 case Mark():
