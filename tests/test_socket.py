@@ -412,6 +412,22 @@ async def test_cancel_takes_effect_within_50_ms(serving: Serving, counsellor: Sc
     assert statistics.median(waits) < 0.05 * TIME_SCALE
 
 
+async def test_cancel_while_the_last_text_waits_interrupts(serving: Serving, counsellor: ScriptedCounsellor) -> None:
+    """The model has said all, and the end of it waits for the interval between two chunks."""
+    talk = counsellor.expect().say("가")
+    async with serving(STREAM_CHUNK_INTERVAL_MS=5000) as server, server.connect() as client:
+        await client.ask("하나")
+        await client.begun()
+        talk.say("나").end()
+        await talk.closed.wait()
+        await client.silent()
+        await client.cancel()
+        assert (await client.frame())["interrupted"] is True
+        await client.silent()
+        await server.until_idle()
+        assert [row[:2] for row in await server.rows()] == [("하나", "가")]
+
+
 async def test_cancel_does_not_wait_for_the_database(server: Server, counsellor: ScriptedCounsellor) -> None:
     counsellor.expect().say("가")
     async with server.connect() as client:

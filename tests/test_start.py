@@ -125,7 +125,8 @@ async def test_an_older_python_is_told_in_one_line_what_is_needed(tmp_path: Path
 
 # Windows has no add_signal_handler: there Ctrl-C raises KeyboardInterrupt.
 AS_ON_WINDOWS = """
-import asyncio, sys
+import asyncio, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell may have been told to ignore it
 def add_signal_handler(*_):
     print("unsupported", file=sys.stderr)
     raise NotImplementedError
