@@ -68,6 +68,14 @@ async def test_reply_is_whole_wherever_the_connection_is_lost(
         assert [row[1] for row in await server.rows(str(boundary))] == ["".join(WORDS)]
 
 
+async def test_page_loaded_after_the_end_is_sent_nothing(server: Server) -> None:
+    async with server.connect() as client:
+        await client.ask()
+        await client.reply()
+    async with server.connect() as client:
+        await client.silent()
+
+
 async def test_error_is_kept_for_a_lost_socket(server: Server, counsellor: ScriptedCounsellor) -> None:
     talk = counsellor.expect().say("가")
     async with server.connect() as client:
