@@ -122,6 +122,8 @@ class Visit:
     async def stand_still(self) -> None:
         """Stop the page's clock: from now on only run() moves it."""
         await self.page.clock.pause_at(START)
+        # The leap to that moment may send a ping, and a page without its pong would leave the connection.
+        await self.until("pings <= 0", True)
 
     async def run(self, milliseconds: int) -> None:
         await self.page.clock.run_for(milliseconds)
