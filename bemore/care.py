@@ -171,7 +171,7 @@ THRESHOLDS = {
 LEAST = [min(thresholds[tier] for thresholds in THRESHOLDS.values()) for tier in Tier]
 # A part of a message must score more than a whole message, because a long message has many parts.
 OF_A_PART = 1.1
-# And more for each power of e in the number of the message's windows, by the tier: chance finds a window in a long one.
+# What is added to a threshold, by tier, times the logarithm of the number of windows: in many, one may score by chance.
 OF_MANY = (1.2, 0.6, 0.0)
 LATIN = re.compile("[a-z]")
 
