@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from bemore.anchors import Tier, anchors_in
-from bemore.sounds import heard, plain
+from bemore.sounds import START, heard, plain
 
 
 class Signal(StrEnum):
@@ -91,7 +91,6 @@ FORMER = {
 SOUND_RUNS, SYLLABLE_RUNS = (3, 4, 6), (1, 2, 3)
 BITS = 18
 PLACES = 1 << BITS
-START = b"\x01"
 
 
 def places(stream: bytes, run: int, width: int, seed: int) -> list[int]:
@@ -164,14 +163,16 @@ ZERO = 128
 # Scores over which a window raises each signal: without an anchor, beside a weak one, beside a strong one. They were
 # chosen on the real talk that docs/safety.md names; lower ones find more, and cost more false alarms.
 THRESHOLDS = {
-    Signal.EXPLICIT: (3.2, 0.8, -0.5),
-    Signal.INDIRECT: (3.6, 2.0, 0.6),
-    Signal.VIOLENCE: (2.2, 0.6, 0.3),
+    Signal.EXPLICIT: (3.0, 0.7, -0.6),
+    Signal.INDIRECT: (4.8, 2.0, 0.9),
+    Signal.VIOLENCE: (1.6, 0.5, 0.2),
 }
 # What a window must pass to be a signal of any kind, by the tier of its anchors.
 LEAST = [min(thresholds[tier] for thresholds in THRESHOLDS.values()) for tier in Tier]
 # A part of a message must score more than a whole message, because a long message has many parts.
-OF_A_PART = 1.3
+OF_A_PART = 1.1
+# What is added to a threshold, by tier, times the logarithm of the number of windows: in many, one may score by chance.
+OF_MANY = (1.2, 0.6, 0.0)
 LATIN = re.compile("[a-z]")
 
 
@@ -259,12 +260,14 @@ class Detector:
         risk = Scores(self.risk, runs)
         # Needed for few messages, and therefore made at the first window that asks for them.
         anchors, kinds = None, None
-        for start, end in windows(runs.text):
+        spans = list(windows(runs.text))
+        for start, end in spans:
             score = risk.of(start, end) - (0 if end - start == len(runs.text) else OF_A_PART)
             if score <= min(LEAST):
                 continue
             anchors = anchors or Anchors(runs)
             tier = anchors.tier(start, end)
+            score -= OF_MANY[tier] * math.log(len(spans))
             if score <= LEAST[tier] or (tier is Tier.NONE and mostly_latin(runs.text[start:end])):
                 continue
             kinds = kinds or (Scores(self.violence, runs), Scores(self.explicit, runs))

@@ -18,8 +18,8 @@ ALIKE = dict(zip("ㅐㅒㅖㅑㅕㅛㅠㅙㅚㅞㅢㅟ", "ㅔㅔㅔㅏㅓㅗㅜ�
 # The Korean letter on the key of each Latin letter.
 KEYS = dict(zip("qwertyuiopasdfghjklzxcvbnm", "ㅂㅈㄷㄱㅅㅛㅕㅑㅐㅔㅁㄴㅇㄹㅎㅗㅓㅏㅣㅋㅌㅊㅍㅠㅜㅡ", strict=True))
 SOUNDS = "".join(dict.fromkeys("".join(PARTS.get(letter, ALIKE.get(letter, letter)) for letter in INITIALS + VOWELS)))
-# Where a sentence ends, and any other letter. A text begins with 1 (bemore/care.py), and 0 stands between letters.
-PAUSE, OTHER = b"\x02", b"\x03"
+# Where a text begins, where a sentence ends, and any other letter; 0 stands between letters.
+START, PAUSE, OTHER = b"\x01", b"\x02", b"\x03"
 # NFKC turns a lone ㅈ into the first letter of a syllable (U+110C); people write it as U+3148.
 LONE = {0x1100 + at: letter for at, letter in enumerate(INITIALS)}
 LONE |= {0x1161 + at: letter for at, letter in enumerate(VOWELS)}
@@ -81,8 +81,9 @@ def plain(message: str) -> str:
     text = unicodedata.normalize("NFKC", seen).translate(LONE).lower()
     # Runs of full stops are shortened first, because the next pattern takes the square of their length.
     text = re.sub(r"[.!?。]+", ".", text)
-    text = re.sub(r"\.(?=\s|$)", "|", text)
+    text = re.sub(r"\.(?=\s|$)|(?<=[다요죠까])\.(?=[가-힣])", "|", text)
     text = re.sub(r"[^\w|]+", " ", re.sub("[0-9]+", "0", text))
+    text = re.sub(r"(\w)\1{2,}", r"\1\1", text)
     text = re.sub("[a-z]{4,}", typed, text)
     return re.sub(" *\\|[ |]*", "|", text).strip(" |")
 

@@ -120,6 +120,15 @@ def test_word_that_writes_no_korean_stays_latin(word: str) -> None:
     assert plain(word) == word
 
 
+def test_sentence_ends_at_a_full_stop_without_a_space() -> None:
+    assert plain("그렇게 생각합니다.그래서 했죠?네.") == "그렇게 생각합니다|그래서 했죠|네"
+    assert plain("죽.고.싶.어.요") == "죽 고 싶 어 요"
+
+
+def test_letters_drawn_out_count_twice() -> None:
+    assert plain("ㅅㅅㅅㅅㅅㅅ 싫어어어어어") == "ㅅㅅ 싫어어"
+
+
 # Anchors
 
 
@@ -138,6 +147,11 @@ def found(message: str) -> list[tuple[str, Tier]]:
         ("자. 살살", []),
         ("기죽지 마", []),
         ("사람들을 사랑해", []),
+        ("제목을 고쳐요", []),
+        ("목을 다쳤어요", [("목을", Tier.WEAK)]),
+        ("내일 만나자 해도", []),
+        ("때려죽일 놈", [("때려죽", Tier.STRONG)]),
+        ("채워주길 바라요", []),
     ],
 )
 def test_anchor_is_found_as_it_sounds(message: str, expected: list[tuple[str, Tier]]) -> None:
@@ -170,6 +184,17 @@ def test_one_sentence_in_a_long_story_counts_whole(place: int) -> None:
 def test_sign_in_speech_without_punctuation_is_found() -> None:
     told = "어제는 시장에 다녀왔는데 사람이 많아서 한참 걸었고 집에 와서 밥을 먹고 "
     assert signal_in(told * 3 + "사실은 매일 죽고 싶다는 생각을 하는데 " + told * 3) is Signal.EXPLICIT
+
+
+def test_longer_story_must_say_more_beside_a_weak_anchor_only() -> None:
+    def score(sign: str, sentences: int) -> float:
+        """Return what the sign's own window scores after so many sentences."""
+        story = EVERYDAY * (sentences // 3) + sign
+        return {judgement.end - judgement.start: judgement.score for judgement in DETECTOR.judgements(story)}[len(sign)]
+
+    weak, strong = "칼을 샀어요 제 배를 찌르려고요", PLEA
+    assert score(weak, 3) > score(weak, 12) > 0
+    assert score(strong, 3) == pytest.approx(score(strong, 12))
 
 
 def test_windows_cover_every_letter_and_are_short() -> None:
