@@ -80,7 +80,7 @@ class Client:
         await self.ws.prepare(self._request)
         # They are sent, and would take 1.4 KiB for as long as the connection is open.
         self.ws.headers.clear()
-        self._beat()
+        self._start_heartbeat()
 
     async def receive(self) -> aiohttp.WSMessage | None:
         """Return the peer's next message; None once the connection ends. Messages after close() are dropped."""
@@ -146,6 +146,9 @@ class Client:
             return
         self._heard = False
         self.send(b"", WSMsgType.PING)
+        self._start_heartbeat()
+
+    def _start_heartbeat(self) -> None:
         self._heartbeat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._beat)
 
     def _start_stall_timer(self) -> None:
