@@ -406,7 +406,8 @@ class TokenBucket:
         """Take `cost` tokens and return 0, or return the seconds until there are so many."""
         assert cost <= self._capacity
         full_at = max(self._full_at, now) + cost / self._per_second
-        if (wait := full_at - now - self._capacity / self._per_second) > 0:
+        # A microsecond more allows for the rounding of large clock values.
+        if (wait := full_at - now - self._capacity / self._per_second) > 1e-6:
             return wait
         self._full_at = full_at
         return 0.0

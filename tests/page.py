@@ -130,6 +130,7 @@ class Visit:
 
     async def wait(self, seconds: int) -> None:
         """Let time pass in steps in which the server's pongs arrive."""
+        await self.until("pings", 0)
         for _ in range(0, seconds, 4):
             await self.run(4_000)
             await self.until("pings", 0)

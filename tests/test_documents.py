@@ -31,7 +31,7 @@ TYPES = text_of_file("docs/frames.ts")
 ASYNCAPI = yaml.safe_load(text_of_file("docs/asyncapi.yaml"))
 MOST_LINES = 130  # of README
 # Names in capitals that are not settings of this server.
-FOREIGN = {"POSTGRES_PASSWORD", "VITE_API_URL", "VITE_WS_URL", "API_URL", "WS_URL", "SESSION_ID"}
+FOREIGN = {"POSTGRES_PASSWORD", "VITE_API_URL", "VITE_WS_URL", "API_URL", "WS_URL", "SESSION_ID", "TIME_SCALE"}
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
 in_two_languages = pytest.mark.parametrize(
     ("english", "korean"),

@@ -11,7 +11,7 @@ from bemore.conversation import Utterance
 from bemore.counsellor import Emotion
 from bemore.failures import ErrorCode, Failure
 from bemore.outbox import Frame, Kind
-from bemore_voice import SENTENCES, encode, encode_frame, parse_frame, parse_utterance, storable
+from bemore_voice import SENTENCES, TokenBucket, encode, encode_frame, parse_frame, parse_utterance, storable
 
 NOW = 1_800_000_000_000
 
@@ -165,3 +165,14 @@ def test_sentences_are_not_taken_for_an_expired_session() -> None:
     assert set(SENTENCES) == set(ErrorCode)
     for sentence in SENTENCES.values():
         assert not any(word in sentence.lower() for word in ("foreign key", "conversations", "session_id"))
+
+
+@pytest.mark.parametrize("now", [0.0, 0.1, 8_123.456789, 86_400 * 365 / 3])
+def test_a_token_bucket_holds_its_capacity_at_any_clock(now: float) -> None:
+    for capacity in (1, 3, 10, 60):
+        bucket = TokenBucket(capacity, capacity / 60)
+        assert [bucket.take(1, now) for _ in range(capacity)] == [0.0] * capacity
+        assert bucket.take(1, now) == pytest.approx(60 / capacity)
+        assert not bucket.is_full(now)
+        assert bucket.take(1, now + 60 / capacity) == 0.0
+        assert bucket.is_full(now + 61 + 60 / capacity)

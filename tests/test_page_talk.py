@@ -207,6 +207,7 @@ async def test_a_failing_model_is_said_with_a_way_to_ask_again(visit: Visit, cou
 async def test_a_reply_of_which_nothing_comes_is_given_up(still: Visit, counsellor: ScriptedCounsellor) -> None:
     talk = counsellor.expect()
     await still.write(CANARY)
+    await talk.asked.wait()
     await still.wait(36)
     await still.state("생각 중")
     await still.wait(4)
